@@ -1,0 +1,7 @@
+//! What the kernel programs and the agent share: the layout of the maps ([`abi`]) and the balancing decision ([`lb`]).
+//!
+//! No dependencies and no allocation: the same code runs in the kernel, in unit tests and in `proxy-agent explain`.
+#![no_std]
+
+pub mod abi;
+pub mod lb;
