@@ -1,1 +1,371 @@
-//! To be written.
+//! Arguments: every flag typed, with its unit. Nothing here opens a file or asks the kernel.
+
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::state::Protocol;
+
+/// Exit code of a wrong command line (`EX_USAGE`).
+pub const USAGE: u8 = 64;
+/// Exit code of a failure.
+pub const FAILURE: u8 = 1;
+/// Exit code of `check` and `plan` when something differs.
+pub const DIFFERENCES: u8 = 2;
+
+/// A kube-proxy replacement: Services become eBPF maps, connections go to pods.
+#[derive(Debug, Parser)]
+#[command(name = "proxy-agent", version, max_term_width = 120)]
+#[command(
+    after_help = "Without a command, `run` is meant. Exit codes: 0 done, 1 failure, \
+    2 differences (check, plan), 64 wrong usage."
+)]
+pub struct Cli {
+    /// Flags of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags of every command.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Directory on a bpf file system that holds this node's links and maps
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        default_value = "/sys/fs/bpf/proxy-agent"
+    )]
+    pub bpf_dir: PathBuf,
+    /// The node's cgroup v2; its sockets are served [default: the root of the machine's cgroup v2]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+    /// Name of the Node object of this machine [default: the host name in lower case]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub node_name: Option<String>,
+    /// What to log: error, warn, info, debug, trace, or a filter as in RUST_LOG, which it overrides
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub log_level: Option<String>,
+    /// How to log
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// Format of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve the node: keep the kernel's maps true to the Services (default)
+    Run(Run),
+    /// Print what the kernel holds; works with the agent dead
+    Dump(Dump),
+    /// Say where a connection goes, and why
+    Explain(Explain),
+    /// Can this node run eBPF, and is the kernel's state what it should be? Exit code 2 where not
+    Check(Check),
+    /// Print what `run` would change, and change nothing. Exit code 2 if there is anything
+    Plan(Plan),
+    /// Remove hooks, pins and the directory; refused while an agent runs
+    Cleanup,
+}
+
+/// Where Services come from.
+#[derive(Clone, Debug, Args)]
+pub struct Sources {
+    /// Folder of Kubernetes YAML and JSON (Service, EndpointSlice, Node), followed live
+    #[arg(long, value_name = "DIR")]
+    pub manifests: Option<PathBuf>,
+}
+
+/// How Services are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// The best that this node can do
+    Auto,
+    /// eBPF
+    Ebpf,
+    /// iptables (not built yet)
+    Iptables,
+}
+
+/// `run`.
+#[derive(Clone, Debug, Args)]
+pub struct Run {
+    /// Where Services come from.
+    #[command(flatten)]
+    pub sources: Sources,
+    /// How Services are served
+    #[arg(
+        long,
+        alias = "proxy-mode",
+        value_name = "MODE",
+        default_value = "auto"
+    )]
+    pub mode: Mode,
+    /// Serves /readyz, /livez and /healthz
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:10256")]
+    pub healthz_bind_address: SocketAddr,
+    /// Serves /metrics, /proxyMode and /configz
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:10249")]
+    pub metrics_bind_address: SocketAddr,
+    /// Leave the sockets of these cgroups alone: a glob on paths below --cgroup; repeatable, followed live
+    #[arg(long, value_name = "GLOB")]
+    pub socket_exclude_cgroup: Vec<String>,
+    /// Seconds without an agent after which connect and sendmsg leave everything to the packet layer
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub socket_lease: Duration,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<u32>() {
+        Ok(seconds @ 3..=86_400) => Ok(Duration::from_secs(seconds.into())),
+        Ok(_) => Err("must be 3 to 86400: the agent renews it every second".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// `dump`.
+#[derive(Debug, Args)]
+pub struct Dump {
+    /// What to print
+    pub what: Table,
+    /// How to print it
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+}
+
+/// Contents of a dump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Table {
+    /// Service ports with frontends and backends
+    Services,
+    /// Every backend that serves, draining ones included
+    Backends,
+    /// Translated sockets
+    Sockets,
+    /// Which client stays with which backend
+    Affinity,
+    /// Maps, their capacity and use
+    Maps,
+    /// Version, node, heartbeat, hooks, counters
+    Status,
+}
+
+/// Format of the output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people
+    Table,
+    /// JSON
+    Json,
+    /// YAML
+    Yaml,
+}
+
+/// `explain`.
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// Who connects: `host`; an address of this node or of a pod on it; the name of a network namespace
+    /// (/run/netns/NAME); or a netns cookie. The client's namespace decides node ports on loopback and session affinity
+    pub client: String,
+    /// What it connects to: ADDRESS:PORT[/tcp|udp|sctp], IPv6 in brackets
+    #[arg(value_name = "ADDRESS:PORT/PROTO")]
+    pub destination: Destination,
+    /// How to print it
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+}
+
+/// `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Compared with the kernel's state when given.
+    #[command(flatten)]
+    pub sources: Sources,
+    /// How to print it
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+}
+
+/// `plan`.
+#[derive(Debug, Args)]
+pub struct Plan {
+    /// Where Services come from.
+    #[command(flatten)]
+    pub sources: Sources,
+    /// How to print it
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+}
+
+/// ADDRESS:PORT/PROTO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// Protocol, TCP when not given.
+    pub protocol: Protocol,
+}
+
+impl FromStr for Destination {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (address, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+        let protocol = match protocol.to_ascii_lowercase().as_str() {
+            "tcp" => Protocol::Tcp,
+            "udp" => Protocol::Udp,
+            "sctp" => Protocol::Sctp,
+            other => return Err(format!("unknown protocol {other:?}: use tcp, udp or sctp")),
+        };
+        let address = address.parse().map_err(
+            |_| "expected ADDRESS:PORT/PROTO, like 10.96.0.10:53/udp or [fd00::a]:53/udp",
+        )?;
+        Ok(Self { address, protocol })
+    }
+}
+
+/// Parses a command line; the first of `args` is the program's name.
+///
+/// # Errors
+/// What clap has to say; printing it and the exit code ([`USAGE`] unless it is help) are the caller's.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    if lacks_command(&args) {
+        args.insert(1, "run".into());
+    }
+    Cli::try_parse_from(args)
+}
+
+/// Whether nothing but flags follows the program's name: then `run` is meant.
+fn lacks_command(args: &[OsString]) -> bool {
+    const WITH_VALUE: [&str; 5] = [
+        "--bpf-dir",
+        "--cgroup",
+        "--node-name",
+        "--log-level",
+        "--log-format",
+    ];
+    const OF_THE_PROGRAM: [&str; 4] = ["-h", "--help", "-V", "--version"];
+    let mut rest = args.iter().skip(1).map(|arg| arg.to_string_lossy());
+    while let Some(arg) = rest.next() {
+        if WITH_VALUE.contains(&arg.as_ref()) {
+            rest.next();
+        } else if !WITH_VALUE
+            .iter()
+            .any(|flag| arg.starts_with(&format!("{flag}=")))
+        {
+            return arg.starts_with('-') && !OF_THE_PROGRAM.contains(&arg.as_ref());
+        }
+    }
+    !args.is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Cli, clap::Error> {
+        parse(
+            std::iter::once("proxy-agent")
+                .chain(line.split_whitespace())
+                .map(OsString::from),
+        )
+    }
+
+    #[test]
+    fn run_is_the_command_when_none_is_given() {
+        for line in [
+            "--manifests /m",
+            "run --manifests /m",
+            "--bpf-dir /b --manifests /m",
+            "--cgroup=/c --manifests /m",
+        ] {
+            let Command::Run(run) = parsed(line).unwrap().command else {
+                panic!("{line} is not run");
+            };
+            assert_eq!(run.sources.manifests, Some("/m".into()));
+        }
+        assert!(matches!(parsed("").unwrap().command, Command::Run(_)));
+    }
+
+    #[test]
+    fn global_flags_may_stand_on_either_side_of_the_command() {
+        for line in ["--bpf-dir /b dump services", "dump services --bpf-dir /b"] {
+            let cli = parsed(line).unwrap();
+            assert_eq!(cli.global.bpf_dir, PathBuf::from("/b"));
+            assert!(matches!(
+                cli.command,
+                Command::Dump(Dump {
+                    what: Table::Services,
+                    ..
+                })
+            ));
+        }
+    }
+
+    #[test]
+    fn proxy_mode_is_another_name_of_mode() {
+        for line in ["--mode ebpf", "--proxy-mode ebpf", "--proxy-mode=ebpf"] {
+            let Command::Run(run) = parsed(line).unwrap().command else {
+                panic!("{line} is not run");
+            };
+            assert_eq!(run.mode, Mode::Ebpf);
+        }
+    }
+
+    #[test]
+    fn flags_have_the_documented_defaults() {
+        let cli = parsed("run").unwrap();
+        let Command::Run(run) = cli.command else {
+            panic!("not run");
+        };
+        assert_eq!(cli.global.bpf_dir, PathBuf::from("/sys/fs/bpf/proxy-agent"));
+        assert_eq!(run.healthz_bind_address, "0.0.0.0:10256".parse().unwrap());
+        assert_eq!(run.metrics_bind_address, "127.0.0.1:10249".parse().unwrap());
+        assert_eq!(run.socket_lease, Duration::from_secs(30));
+        assert_eq!(run.mode, Mode::Auto);
+    }
+
+    #[test]
+    fn wrong_flags_are_refused() {
+        for line in [
+            "--nonsense",
+            "nonsense",
+            "--socket-lease 1",
+            "--mode x",
+            "dump",
+            "dump x",
+        ] {
+            let error = parsed(line).unwrap_err();
+            assert!(error.use_stderr(), "{line}: {error}");
+        }
+        assert!(!parsed("--help").unwrap_err().use_stderr());
+        assert!(!parsed("--version").unwrap_err().use_stderr());
+    }
+
+    #[test]
+    fn destinations_are_read_in_both_families() {
+        let read = |text: &str| text.parse::<Destination>();
+        assert_eq!(
+            read("[fd00::a]:53/UDP").unwrap(),
+            Destination {
+                address: "[fd00::a]:53".parse().unwrap(),
+                protocol: Protocol::Udp
+            }
+        );
+        assert_eq!(read("10.0.0.1:80").unwrap().protocol, Protocol::Tcp);
+        assert!(read("10.0.0.1/tcp").is_err() && read("10.0.0.1:80/x").is_err());
+    }
+}
