@@ -1,1 +1,221 @@
-//! To be written.
+//! Every metric, in one struct; a field's doc comment is its HELP text.
+//!
+//! What the kernel counts is read at each scrape (see [`Kernel`]), everything else is updated where it happens.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::Registry,
+};
+use proxy_ebpf::abi::Reason;
+
+/// Label of a map.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct MapLabel {
+    /// Name of the map.
+    pub map: &'static str,
+}
+
+/// Label of a reason.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReasonLabel {
+    /// [`Reason::name`].
+    pub reason: &'static str,
+}
+
+/// Labels of the mode.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ModeLabels {
+    /// Socket layer: `ebpf` or `off`.
+    pub socket: &'static str,
+    /// Packet layer: `off` until there is one.
+    pub packet: &'static str,
+    /// Why this and nothing better.
+    pub reason: String,
+}
+
+macro_rules! metrics {
+    ($(#[doc = $help:literal] $field:ident: $type:ty = $new:expr => $name:literal;)*) => {
+        /// Every metric of the agent.
+        #[derive(Clone, Debug)]
+        pub struct Metrics {
+            $(#[doc = $help] pub $field: $type,)*
+        }
+
+        impl Default for Metrics {
+            fn default() -> Self {
+                Self { $($field: $new,)* }
+            }
+        }
+
+        impl Metrics {
+            fn register(&self, registry: &mut Registry) {
+                $(registry.register($name, $help.trim(), self.$field.clone());)*
+            }
+        }
+    };
+}
+
+metrics! {
+    /// Seconds from taking a batch of changes to the kernel holding them
+    sync_duration: Histogram = Histogram::new(exponential_buckets(0.000_05, 2.0, 20)) => "sync_duration_seconds";
+    /// Syncs that ended in an error
+    sync_errors: Counter = Counter::default() => "sync_errors";
+    /// Changes that the kernel does not hold yet
+    changes_pending: Gauge = Gauge::default() => "changes_pending";
+    /// Entries of the kernel that the audit found different from what was written, and repaired
+    drift_repairs: Counter = Counter::default() => "drift_repairs";
+    /// Objects or files that cannot be used as they are
+    problems: Gauge = Gauge::default() => "problems";
+    /// Errors of the sources: files that cannot be read or understood, watches that broke
+    source_errors: Counter = Counter::default() => "source_errors";
+    /// Entries in use, by map
+    map_entries: Family<MapLabel, Gauge> = Family::default() => "map_entries";
+    /// Entries that fit before the maps are made larger, by map
+    map_capacity: Family<MapLabel, Gauge> = Family::default() => "map_capacity";
+    /// Connections and datagrams refused by the kernel programs, by reason
+    refused: Family<ReasonLabel, Counter> = Family::default() => "refused";
+    /// Connections and datagrams left untranslated by the kernel programs, by reason
+    passed: Family<ReasonLabel, Counter> = Family::default() => "passed";
+    /// Connections translated by the kernel programs
+    connections: Counter = Counter::default() => "connections";
+    /// Datagrams of unconnected sockets translated by the kernel programs
+    datagrams: Counter = Counter::default() => "datagrams";
+    /// Which layers serve this node, and why
+    mode_info: Family<ModeLabels, Gauge> = Family::default() => "mode_info";
+}
+
+/// What the kernel holds and has counted.
+#[derive(Clone, Debug, Default)]
+pub struct Kernel {
+    /// Name, entries in use, capacity.
+    pub maps: Vec<(&'static str, u64, u64)>,
+    /// Every exit of every program.
+    pub reasons: Vec<(Reason, u64)>,
+}
+
+impl Metrics {
+    /// Takes over what was read from the kernel.
+    pub fn update(&self, kernel: &Kernel) {
+        for &(map, entries, capacity) in &kernel.maps {
+            let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+            self.map_entries
+                .get_or_create(&MapLabel { map })
+                .set(gauge(entries));
+            self.map_capacity
+                .get_or_create(&MapLabel { map })
+                .set(gauge(capacity));
+        }
+        for &(reason, count) in &kernel.reasons {
+            let label = ReasonLabel {
+                reason: reason.name(),
+            };
+            match role(reason) {
+                Role::Connection => set(&self.connections, count),
+                Role::Datagram => set(&self.datagrams, count),
+                Role::Refusal => set(&self.refused.get_or_create(&label), count),
+                Role::Passed => set(&self.passed.get_or_create(&label), count),
+                Role::Internal => {}
+            }
+        }
+    }
+
+    /// The text that Prometheus reads.
+    pub fn text(&self) -> String {
+        let mut registry = Registry::with_prefix("proxy_agent");
+        self.register(&mut registry);
+        let mut text = String::new();
+        text::encode(&mut text, &registry).expect("writing to a String does not fail");
+        text
+    }
+}
+
+/// The kernel's counters never go down, nor do those of a generation swap, which carries totals over.
+fn set(counter: &Counter<u64, AtomicU64>, value: u64) {
+    counter.inner().store(value, Ordering::Relaxed);
+}
+
+enum Role {
+    Connection,
+    Datagram,
+    Refusal,
+    Passed,
+    Internal,
+}
+
+fn role(reason: Reason) -> Role {
+    match reason {
+        Reason::Connected => Role::Connection,
+        Reason::Sent => Role::Datagram,
+        Reason::NoEndpoints | Reason::UnknownPort => Role::Refusal,
+        Reason::NotAService
+        | Reason::OtherProtocol
+        | Reason::OptedOut
+        | Reason::LeaseExpired
+        | Reason::SourceRanges
+        | Reason::OnLocalLink
+        | Reason::ForeignLoopback
+        | Reason::UdpConnectPassed
+        | Reason::NoStorage
+        | Reason::Contended
+        | Reason::BrokenMap => Role::Passed,
+        Reason::ReplyTranslated
+        | Reason::PeerNameTranslated
+        | Reason::Recycled
+        | Reason::PeerOverflow
+        | Reason::SocketDestroyed
+        | Reason::ReplyUntouched
+        | Reason::AffinityHit => Role::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_has_the_documented_names_and_the_kernels_counts() {
+        let metrics = Metrics::default();
+        metrics.update(&Kernel {
+            maps: vec![("frontends", 3, 1024)],
+            reasons: vec![
+                (Reason::Connected, 7),
+                (Reason::NoEndpoints, 2),
+                (Reason::OptedOut, 1),
+            ],
+        });
+        metrics
+            .mode_info
+            .get_or_create(&ModeLabels {
+                socket: "ebpf",
+                packet: "off",
+                reason: "all there".into(),
+            })
+            .set(1);
+        metrics.sync_duration.observe(0.001);
+        let text = metrics.text();
+        for line in [
+            "proxy_agent_sync_duration_seconds_count 1",
+            "proxy_agent_changes_pending 0",
+            "proxy_agent_map_entries{map=\"frontends\"} 3",
+            "proxy_agent_map_capacity{map=\"frontends\"} 1024",
+            "proxy_agent_refused_total{reason=\"no_endpoints\"} 2",
+            "proxy_agent_passed_total{reason=\"opted_out\"} 1",
+            "proxy_agent_connections_total 7",
+            "proxy_agent_source_errors_total 0",
+            "proxy_agent_mode_info{socket=\"ebpf\",packet=\"off\",reason=\"all there\"} 1",
+        ] {
+            assert!(
+                text.lines().any(|found| found == line),
+                "no {line:?} in\n{text}"
+            );
+        }
+    }
+}
