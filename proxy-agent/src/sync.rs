@@ -1,1 +1,319 @@
-//! To be written.
+//! The one loop that makes the kernel hold what is desired, run once per layer on a thread of its own.
+//!
+//! Idle, it syncs at the first change; busy, it takes what has come meanwhile in one batch. After an error it waits,
+//! reads the kernel and plans everything again. Now and then it reads the kernel anyway and repairs what drifted.
+//! Nothing is written before every source has delivered its first snapshot, nothing is deleted while a source lacks a
+//! part of what it should hold.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    backends::{Backend, Error},
+    metrics::Metrics,
+    plan::{Plan, diff},
+    state::{DesiredState, ServiceName},
+};
+
+mod inbox;
+
+pub use inbox::{Inbox, Scope, Turn};
+
+/// Wait after the first of a row of errors; doubles with each.
+const FIRST_RETRY: Duration = Duration::from_millis(10);
+/// Longest wait after an error.
+const LAST_RETRY: Duration = Duration::from_secs(30);
+/// Between two audits of the kernel.
+const AUDIT_EVERY: Duration = Duration::from_secs(60);
+
+/// What compiling a scope gives.
+#[derive(Clone, Debug, Default)]
+pub struct Compiled {
+    /// What was compiled: at least what was asked for, and the Services that this touches.
+    pub scope: Scope,
+    /// The desired state of that scope.
+    pub state: DesiredState,
+}
+
+/// How a layer is doing.
+#[derive(Clone, Debug, Default)]
+pub struct SyncStatus {
+    /// The kernel has held a complete desired state since the agent started.
+    pub is_synced: bool,
+    /// Why not, or what went wrong last; none after a success.
+    pub last_error: Option<String>,
+    /// End of the last sync without an error.
+    pub last_success: Option<Instant>,
+    /// Counts syncs that changed something.
+    pub generation: u64,
+    /// Service ports and addresses that the kernel holds.
+    pub entries: usize,
+}
+
+/// One layer: a backend, and what is known of the kernel behind it.
+#[derive(Debug)]
+pub struct Layer<B: Backend> {
+    name: &'static str,
+    backend: B,
+    /// What the kernel holds; none when it has to be read.
+    observed: Option<BTreeMap<B::Key, B::Value>>,
+    /// The hooks are known to serve from these maps.
+    has_applied: bool,
+    /// Changed since the start while a source was incomplete: only these may differ from what was found.
+    touched: Touched,
+    /// Taken from the inbox, not yet in the kernel.
+    changes: i64,
+    failures: u32,
+    audit_at: Instant,
+    status: watch::Sender<SyncStatus>,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Debug, Default)]
+struct Touched {
+    services: BTreeSet<ServiceName>,
+    addresses: bool,
+}
+
+/// When the next turn is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Due {
+    /// Changes wait until then (after an error).
+    pub not_before: Option<Instant>,
+    /// Without any change, a turn is due then.
+    pub until: Instant,
+}
+
+impl<B: Backend> Layer<B> {
+    /// A layer that has not looked at its kernel yet; `name` is for the log.
+    pub fn new(name: &'static str, backend: B, metrics: Arc<Metrics>, now: Instant) -> Self {
+        Self {
+            name,
+            backend,
+            observed: None,
+            has_applied: false,
+            touched: Touched::default(),
+            changes: 0,
+            failures: 0,
+            audit_at: now + AUDIT_EVERY,
+            status: watch::Sender::new(SyncStatus::default()),
+            metrics,
+        }
+    }
+
+    /// Follows how the layer is doing.
+    pub fn status(&self) -> watch::Receiver<SyncStatus> {
+        self.status.subscribe()
+    }
+
+    /// Works until the inbox says stop. `compile` is given what changed.
+    pub fn run(mut self, inbox: &Inbox, mut compile: impl FnMut(&Scope) -> Compiled) {
+        let mut due = Due {
+            not_before: None,
+            until: self.audit_at,
+        };
+        loop {
+            let turn = inbox.wait(due.not_before, due.until);
+            if turn.stop {
+                return;
+            }
+            let had_work = !turn.scope.is_empty();
+            let taken = self.changes + turn.changes;
+            let start = Instant::now();
+            due = self.turn(start, turn, &mut compile);
+            inbox.done(taken - self.changes);
+            if had_work {
+                self.metrics
+                    .sync_duration
+                    .observe(start.elapsed().as_secs_f64());
+            }
+        }
+    }
+
+    /// One turn at `now`; says when the next is due.
+    pub fn turn(
+        &mut self,
+        now: Instant,
+        turn: Turn,
+        compile: &mut impl FnMut(&Scope) -> Compiled,
+    ) -> Due {
+        let Turn {
+            mut scope,
+            changes,
+            synced,
+            complete,
+            stop: _,
+        } = turn;
+        self.changes += changes;
+        if !complete {
+            self.touch(&scope);
+        }
+        if !synced {
+            self.audit_at = now + AUDIT_EVERY;
+            return Due {
+                not_before: None,
+                until: self.audit_at,
+            };
+        }
+        let result = if now >= self.audit_at && self.observed.is_some() {
+            self.audit_at = now + AUDIT_EVERY;
+            self.audit(&mut scope)
+        } else {
+            Ok(())
+        };
+        let result = result.and_then(|()| {
+            if self.observed.is_none() {
+                self.observed = Some(self.backend.observe()?);
+                scope = Scope::All;
+            }
+            if scope.is_empty() {
+                return Ok(0);
+            }
+            let compiled = compile(&scope);
+            self.sync(compiled, complete)
+        });
+        match result {
+            Ok(applied) => self.succeeded(now, applied, complete),
+            Err(error) => self.failed(now, &error),
+        }
+    }
+
+    /// While a part of the sources is missing, what it would have said is unknown: everything that was found in the
+    /// kernel stays as it is, unless a change has been seen since.
+    fn touch(&mut self, scope: &Scope) {
+        if let Scope::Part {
+            services,
+            addresses,
+        } = scope
+        {
+            self.touched.services.extend(services.iter().cloned());
+            self.touched.addresses |= addresses;
+        }
+    }
+
+    /// Compares with what the kernel really holds.
+    fn audit(&mut self, scope: &mut Scope) -> Result<(), Error> {
+        let found = self.backend.observe()?;
+        if let Some(believed) = &self.observed {
+            let drift = diff(&found, believed).len();
+            if drift > 0 {
+                self.metrics.drift_repairs.inc_by(drift as u64);
+                tracing::warn!(
+                    layer = self.name,
+                    entries = drift,
+                    "the kernel's maps were changed by somebody else; repairing them"
+                );
+                *scope = Scope::All;
+            }
+        }
+        self.observed = Some(found);
+        Ok(())
+    }
+
+    /// Makes the kernel hold `compiled`; returns the number of changes that took.
+    fn sync(&mut self, compiled: Compiled, complete: bool) -> Result<usize, Error> {
+        let Compiled { scope, state } = compiled;
+        let Some(observed) = &mut self.observed else {
+            return Ok(0);
+        };
+        let desired = self.backend.render(&state);
+        let mut plan = match &scope {
+            Scope::All => diff(observed, &desired),
+            Scope::Part {
+                services,
+                addresses,
+            } => diff(
+                &self.backend.in_scope(observed, services, *addresses),
+                &desired,
+            ),
+        };
+        if complete {
+            self.touched = Touched::default();
+        } else {
+            let Touched {
+                services,
+                addresses,
+            } = &self.touched;
+            let free = self.backend.in_scope(observed, services, *addresses);
+            plan.deletions.clear();
+            plan.upserts
+                .retain(|(key, _)| free.contains_key(key) || !observed.contains_key(key));
+        }
+        // The first apply attaches the hooks, even where nothing has to be written.
+        if self.has_applied && plan.is_empty() {
+            return Ok(0);
+        }
+        if let Err(error) = self.backend.apply(&plan, &state) {
+            self.observed = None;
+            return Err(error);
+        }
+        self.has_applied = true;
+        let changes = plan.len();
+        record(observed, plan);
+        Ok(changes)
+    }
+
+    fn succeeded(&mut self, now: Instant, applied: usize, complete: bool) -> Due {
+        self.changes = 0;
+        if self.failures > 0 {
+            tracing::info!(layer = self.name, failures = self.failures, "synced again");
+            self.failures = 0;
+        }
+        let entries = self.observed.as_ref().map_or(0, BTreeMap::len);
+        self.status.send_modify(|status| {
+            if complete && !status.is_synced {
+                status.is_synced = true;
+                tracing::info!(
+                    layer = self.name,
+                    entries,
+                    changes = applied,
+                    "first complete sync"
+                );
+            }
+            status.last_error = None;
+            status.last_success = Some(now);
+            status.generation += u64::from(applied > 0);
+            status.entries = entries;
+        });
+        Due {
+            not_before: None,
+            until: self.audit_at,
+        }
+    }
+
+    fn failed(&mut self, now: Instant, error: &Error) -> Due {
+        self.observed = None;
+        self.metrics.sync_errors.inc();
+        let wait = retry_after(self.failures);
+        self.failures += 1;
+        tracing::warn!(layer = self.name, error = format!("{error:#}"), retry = ?wait, "sync failed");
+        self.status
+            .send_modify(|status| status.last_error = Some(format!("{error:#}")));
+        Due {
+            not_before: Some(now + wait),
+            until: now + wait,
+        }
+    }
+}
+
+/// Ten milliseconds, doubled with each failure before this one, thirty seconds at most.
+fn retry_after(failures: u32) -> Duration {
+    FIRST_RETRY
+        .saturating_mul(1 << failures.min(16))
+        .min(LAST_RETRY)
+}
+
+fn record<K: Ord, V>(observed: &mut BTreeMap<K, V>, plan: Plan<K, V>) {
+    for key in &plan.deletions {
+        observed.remove(key);
+    }
+    observed.extend(plan.upserts);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,238 @@
+//! Where changes wait for their layer.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use prometheus_client::metrics::gauge::Gauge;
+
+use crate::state::ServiceName;
+
+/// What has to be compiled and compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Everything.
+    All,
+    /// What changed.
+    Part {
+        /// These Services.
+        services: BTreeSet<ServiceName>,
+        /// The node's addresses.
+        addresses: bool,
+    },
+}
+
+impl Default for Scope {
+    fn default() -> Self {
+        Self::Part {
+            services: BTreeSet::new(),
+            addresses: false,
+        }
+    }
+}
+
+impl Scope {
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::All => false,
+            Self::Part {
+                services,
+                addresses,
+            } => services.is_empty() && !addresses,
+        }
+    }
+
+    /// Adds another scope.
+    pub fn merge(&mut self, other: Self) {
+        match (&mut *self, other) {
+            (Self::All, _) => {}
+            (_, Self::All) => *self = Self::All,
+            (
+                Self::Part {
+                    services,
+                    addresses,
+                },
+                Self::Part {
+                    services: more,
+                    addresses: also,
+                },
+            ) => {
+                services.extend(more);
+                *addresses |= also;
+            }
+        }
+    }
+}
+
+/// What a layer gets to do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// What changed since the last one; empty when only time has passed.
+    pub scope: Scope,
+    /// How many changes that were.
+    pub changes: i64,
+    /// Every source has delivered its first snapshot.
+    pub synced: bool,
+    /// Nothing that the sources should hold is missing: deletions are allowed.
+    pub complete: bool,
+    /// The agent stops.
+    pub stop: bool,
+}
+
+/// Where changes wait for their layer. One producer or several, one consumer.
+#[derive(Debug)]
+pub struct Inbox {
+    turn: Mutex<Turn>,
+    wake: Condvar,
+    pending: Gauge,
+}
+
+impl Inbox {
+    /// An empty one; `pending` follows the number of changes in it.
+    pub fn new(pending: Gauge) -> Self {
+        Self {
+            turn: Mutex::default(),
+            wake: Condvar::new(),
+            pending,
+        }
+    }
+
+    /// Adds a change.
+    pub fn push(&self, scope: Scope) {
+        if scope.is_empty() {
+            return;
+        }
+        let mut turn = self.lock();
+        turn.scope.merge(scope);
+        turn.changes += 1;
+        self.pending.inc();
+        drop(turn);
+        self.wake.notify_one();
+    }
+
+    /// Says how far the sources are. Reaching either milestone asks for everything to be compared.
+    pub fn sources(&self, synced: bool, complete: bool) {
+        let mut turn = self.lock();
+        if (synced && !turn.synced) || (complete && !turn.complete) {
+            turn.scope = Scope::All;
+        }
+        turn.synced = synced;
+        turn.complete = complete;
+        drop(turn);
+        self.wake.notify_one();
+    }
+
+    /// Ends the layer's loop after the turn it is in.
+    pub fn stop(&self) {
+        self.lock().stop = true;
+        self.wake.notify_one();
+    }
+
+    /// Waits for the next turn: at once when something is there and `not_before` has passed, at the latest at `until`.
+    pub fn wait(&self, not_before: Option<Instant>, until: Instant) -> Turn {
+        let mut turn = self.lock();
+        loop {
+            let now = Instant::now();
+            let held_back = not_before.filter(|at| now < *at);
+            let has_work = turn.synced && !turn.scope.is_empty();
+            if turn.stop || now >= until || (has_work && held_back.is_none()) {
+                let rest = Turn {
+                    scope: Scope::default(),
+                    changes: 0,
+                    ..turn.clone_flags()
+                };
+                return std::mem::replace(&mut *turn, rest);
+            }
+            let wake_at = held_back.unwrap_or(until).min(until);
+            turn = self
+                .wake
+                .wait_timeout(turn, wake_at - now)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Takes note that `changes` are in the kernel.
+    pub fn done(&self, changes: i64) {
+        self.pending.dec_by(changes);
+    }
+
+    /// A poisoned lock holds nothing half-written: every critical section above only sets fields.
+    fn lock(&self) -> MutexGuard<'_, Turn> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Turn {
+    fn clone_flags(&self) -> Self {
+        let Self {
+            scope: _,
+            changes: _,
+            synced,
+            complete,
+            stop,
+        } = *self;
+        Self {
+            scope: Scope::default(),
+            changes: 0,
+            synced,
+            complete,
+            stop,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn part(name: &str) -> Scope {
+        Scope::Part {
+            services: [ServiceName::new("default", name)].into(),
+            addresses: false,
+        }
+    }
+
+    #[test]
+    fn changes_are_merged_and_wait_for_the_first_snapshot() {
+        let inbox = Inbox::new(Gauge::default());
+        inbox.push(part("a"));
+        let now = Instant::now();
+        assert!(inbox.wait(None, now).scope.is_empty() || !inbox.lock().synced);
+        inbox.push(part("b"));
+        inbox.sources(true, true);
+        let turn = inbox.wait(None, now + Duration::from_secs(60));
+        assert_eq!(
+            (turn.scope, turn.synced, turn.complete),
+            (Scope::All, true, true)
+        );
+        inbox.push(part("a"));
+        inbox.push(part("b"));
+        let turn = inbox.wait(None, now + Duration::from_secs(60));
+        let Scope::Part {
+            services,
+            addresses: false,
+        } = turn.scope
+        else {
+            panic!("{:?}", turn.scope);
+        };
+        assert_eq!((services.len(), turn.changes), (2, 2));
+    }
+
+    #[test]
+    fn a_change_wakes_the_layer_at_once() {
+        let inbox = Inbox::new(Gauge::default());
+        inbox.sources(true, true);
+        inbox.wait(None, Instant::now() + Duration::from_secs(60));
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| inbox.wait(None, Instant::now() + Duration::from_secs(60)));
+            inbox.push(part("a"));
+            assert_eq!(waiter.join().unwrap().scope, part("a"));
+        });
+    }
+}

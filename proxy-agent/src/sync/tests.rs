@@ -1,0 +1,378 @@
+use std::sync::Mutex;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::state::{Family, NodeAddress, Protocol, ServicePort, ServiceState, TrafficPolicy};
+
+/// A kernel of service ports and their affinity that fails as told.
+#[derive(Clone, Debug, Default)]
+struct Kernel(Arc<Mutex<Held>>);
+
+#[derive(Debug, Default)]
+struct Held {
+    entries: BTreeMap<String, String>,
+    /// Each operation takes one; `true` fails.
+    faults: Vec<bool>,
+    applies: usize,
+}
+
+impl Held {
+    fn step(&mut self) -> Result<(), Error> {
+        if self.faults.pop().unwrap_or(false) {
+            Err(Error::Injected)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn service_of(key: &str) -> &str {
+    key.split_once(':').map_or(key, |(service, _)| service)
+}
+
+impl Backend for Kernel {
+    type Key = String;
+    type Value = String;
+
+    fn render(&self, state: &DesiredState) -> BTreeMap<String, String> {
+        let service = |(key, value): (&ServicePort, &ServiceState)| {
+            (key.to_string(), format!("{:?}", value.affinity_seconds))
+        };
+        let address = |(ip, flags): (&std::net::IpAddr, &NodeAddress)| {
+            (format!("!{ip}"), flags.node_ports.to_string())
+        };
+        let addresses = state.addresses.iter().map(address);
+        state
+            .services
+            .iter()
+            .map(service)
+            .chain(addresses)
+            .collect()
+    }
+
+    fn in_scope(
+        &self,
+        observed: &BTreeMap<String, String>,
+        services: &BTreeSet<ServiceName>,
+        addresses: bool,
+    ) -> BTreeMap<String, String> {
+        let names: BTreeSet<&str> = services.iter().map(ServiceName::as_str).collect();
+        let is_in = |key: &str| match key.starts_with('!') {
+            true => addresses,
+            false => names.contains(service_of(key)),
+        };
+        observed
+            .iter()
+            .filter(|(key, _)| is_in(key))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect()
+    }
+
+    fn observe(&mut self) -> Result<BTreeMap<String, String>, Error> {
+        let mut held = self.0.lock().unwrap();
+        held.step()?;
+        Ok(held.entries.clone())
+    }
+
+    fn apply(&mut self, plan: &Plan<String, String>, _: &DesiredState) -> Result<(), Error> {
+        let mut held = self.0.lock().unwrap();
+        held.applies += 1;
+        for (key, value) in &plan.upserts {
+            held.step()?;
+            held.entries.insert(key.clone(), value.clone());
+        }
+        for key in &plan.deletions {
+            held.step()?;
+            held.entries.remove(key);
+        }
+        Ok(())
+    }
+}
+
+/// What the sources say: affinity by Service, and whether the node has an address.
+#[derive(Clone, Debug, Default)]
+struct World {
+    services: BTreeMap<ServiceName, u32>,
+    has_address: bool,
+}
+
+impl World {
+    fn compile(&self, scope: &Scope) -> Compiled {
+        let is_in = |name: &ServiceName| match scope {
+            Scope::All => true,
+            Scope::Part { services, .. } => services.contains(name),
+        };
+        let with_addresses = match scope {
+            Scope::All => true,
+            Scope::Part { addresses, .. } => *addresses,
+        };
+        let services = self
+            .services
+            .iter()
+            .filter(|(name, _)| is_in(name))
+            .map(state)
+            .collect();
+        let addresses = (self.has_address && with_addresses)
+            .then_some(([10, 0, 0, 1].into(), NodeAddress { node_ports: true }))
+            .into_iter()
+            .collect();
+        Compiled {
+            scope: scope.clone(),
+            state: DesiredState {
+                services,
+                addresses,
+            },
+        }
+    }
+
+    fn rendered(&self) -> BTreeMap<String, String> {
+        Kernel::default().render(&self.compile(&Scope::All).state)
+    }
+}
+
+fn state((name, affinity): (&ServiceName, &u32)) -> (ServicePort, ServiceState) {
+    let key = ServicePort {
+        service: name.clone(),
+        port: "http".into(),
+        protocol: Protocol::Tcp,
+        family: Family::V4,
+    };
+    let state = ServiceState {
+        key: key.clone(),
+        frontends: Vec::new(),
+        backends: Vec::new(),
+        affinity_seconds: Some(*affinity),
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        source_ranges: Vec::new(),
+    };
+    (key, state)
+}
+
+fn name(name: &str) -> ServiceName {
+    ServiceName::new("default", name)
+}
+
+fn world(services: &[(&str, u32)]) -> World {
+    let services = services
+        .iter()
+        .map(|(service, value)| (name(service), *value))
+        .collect();
+    World {
+        services,
+        has_address: false,
+    }
+}
+
+fn part(services: &[&str]) -> Scope {
+    Scope::Part {
+        services: services.iter().map(|service| name(service)).collect(),
+        addresses: false,
+    }
+}
+
+fn turn(scope: Scope, complete: bool) -> Turn {
+    Turn {
+        scope,
+        changes: 1,
+        synced: true,
+        complete,
+        stop: false,
+    }
+}
+
+struct Bench {
+    kernel: Kernel,
+    layer: Layer<Kernel>,
+    now: Instant,
+}
+
+impl Bench {
+    fn new(held: &World) -> Self {
+        let kernel = Kernel::default();
+        kernel.0.lock().unwrap().entries = held.rendered();
+        let now = Instant::now();
+        let layer = Layer::new("test", kernel.clone(), Arc::default(), now);
+        Self { kernel, layer, now }
+    }
+
+    fn turn(&mut self, world: &World, turn: Turn) -> Due {
+        self.layer
+            .turn(self.now, turn, &mut |scope| world.compile(scope))
+    }
+
+    fn entries(&self) -> BTreeMap<String, String> {
+        self.kernel.0.lock().unwrap().entries.clone()
+    }
+
+    fn status(&self) -> SyncStatus {
+        self.layer.status().borrow().clone()
+    }
+}
+
+#[test]
+fn nothing_is_written_before_the_first_snapshot() {
+    let old = world(&[("a", 1)]);
+    let mut bench = Bench::new(&old);
+    bench.turn(
+        &world(&[]),
+        Turn {
+            scope: Scope::All,
+            changes: 1,
+            ..Turn::default()
+        },
+    );
+    assert_eq!(bench.entries(), old.rendered());
+    assert_eq!(bench.kernel.0.lock().unwrap().applies, 0);
+    assert!(!bench.status().is_synced);
+}
+
+#[test]
+fn the_first_sync_brings_the_kernel_level_and_attaches_even_without_changes() {
+    let same = world(&[("a", 1)]);
+    let mut bench = Bench::new(&same);
+    bench.turn(&same, turn(Scope::All, true));
+    assert_eq!(bench.kernel.0.lock().unwrap().applies, 1);
+    let status = bench.status();
+    assert!(status.is_synced && status.generation == 0 && status.entries == 1);
+    bench.turn(&same, turn(part(&["a"]), true));
+    assert_eq!(
+        bench.kernel.0.lock().unwrap().applies,
+        1,
+        "nothing changed, nothing applied"
+    );
+}
+
+#[test]
+fn an_incomplete_source_deletes_nothing_and_changes_only_what_was_seen_to_change() {
+    let mut bench = Bench::new(&world(&[("gone", 1), ("kept", 1), ("seen", 1)]));
+    let partial = world(&[("kept", 2), ("seen", 2), ("new", 2)]);
+    bench.turn(&partial, turn(Scope::All, false));
+    assert_eq!(
+        bench.entries(),
+        world(&[("gone", 1), ("kept", 1), ("seen", 1), ("new", 2)]).rendered()
+    );
+    assert!(!bench.status().is_synced);
+    bench.turn(&partial, turn(part(&["seen"]), false));
+    bench.turn(&partial, turn(Scope::All, false));
+    assert_eq!(
+        bench.entries(),
+        world(&[("gone", 1), ("kept", 1), ("seen", 2), ("new", 2)]).rendered()
+    );
+    bench.turn(&partial, turn(Scope::All, true));
+    assert_eq!(bench.entries(), partial.rendered());
+    assert!(bench.status().is_synced);
+}
+
+#[test]
+fn an_error_is_retried_later_and_later_until_it_is_over() {
+    let wanted = world(&[("a", 1), ("b", 1)]);
+    let mut bench = Bench::new(&world(&[]));
+    bench.kernel.0.lock().unwrap().faults = vec![true; 3];
+    let mut waits = Vec::new();
+    let mut next = turn(Scope::All, true);
+    while bench.status().last_success.is_none() {
+        let due = bench.turn(&wanted, next);
+        waits.push(due.until - bench.now);
+        bench.now = due.until;
+        next = Turn {
+            changes: 0,
+            ..turn(Scope::default(), true)
+        };
+    }
+    assert_eq!(waits[..3], [10, 20, 40].map(Duration::from_millis));
+    assert_eq!(bench.entries(), wanted.rendered());
+    assert_eq!(bench.layer.metrics.sync_errors.get(), 3);
+    assert_eq!(retry_after(60), LAST_RETRY);
+}
+
+#[test]
+fn the_audit_repairs_what_somebody_else_changed() {
+    let wanted = world(&[("a", 1), ("b", 1)]);
+    let mut bench = Bench::new(&wanted);
+    let due = bench.turn(&wanted, turn(Scope::All, true));
+    bench
+        .kernel
+        .0
+        .lock()
+        .unwrap()
+        .entries
+        .remove("default/a:http");
+    bench.now = due.until;
+    bench.turn(
+        &wanted,
+        Turn {
+            changes: 0,
+            ..turn(Scope::default(), true)
+        },
+    );
+    assert_eq!(bench.entries(), wanted.rendered());
+    assert_eq!(bench.layer.metrics.drift_repairs.get(), 1);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Set(u8, u32),
+    Remove(u8),
+    Address(bool),
+    Restart,
+}
+
+fn steps() -> impl Strategy<Value = Vec<(Step, bool)>> {
+    let step = prop_oneof![
+        6 => (0_u8..12, 0_u32..4).prop_map(|(service, value)| Step::Set(service, value)),
+        3 => (0_u8..12).prop_map(Step::Remove),
+        1 => any::<bool>().prop_map(Step::Address),
+        1 => Just(Step::Restart),
+    ];
+    // Each step, and whether the layer gets a turn after it.
+    prop::collection::vec((step, any::<bool>()), 1..60)
+}
+
+proptest! {
+    /// Ten percent of all reads and writes fail, the agent restarts now and then, and batches end where they will.
+    #[test]
+    fn the_kernel_always_ends_at_what_is_desired(
+        steps in steps(),
+        faults in prop::collection::vec(prop::bool::weighted(0.1), 400),
+    ) {
+        let mut world = World::default();
+        let mut bench = Bench::new(&world);
+        bench.kernel.0.lock().unwrap().faults = faults;
+        let mut scope = Scope::All;
+        for (step, takes_turn) in steps {
+            let service = |id: u8| name(&id.to_string());
+            match step {
+                Step::Set(id, value) => {
+                    world.services.insert(service(id), value);
+                    scope.merge(part(&[&id.to_string()]));
+                }
+                Step::Remove(id) => {
+                    world.services.remove(&service(id));
+                    scope.merge(part(&[&id.to_string()]));
+                }
+                Step::Address(has) => {
+                    world.has_address = has;
+                    scope.merge(Scope::Part { services: BTreeSet::new(), addresses: true });
+                }
+                Step::Restart => {
+                    bench.layer = Layer::new("test", bench.kernel.clone(), Arc::default(), bench.now);
+                    scope = Scope::All;
+                }
+            }
+            if takes_turn {
+                let due = bench.turn(&world, turn(std::mem::take(&mut scope), true));
+                bench.now = due.not_before.unwrap_or(bench.now);
+            }
+        }
+        bench.turn(&world, turn(scope, true));
+        for _ in 0..400 {
+            if bench.layer.failures == 0 {
+                break;
+            }
+            bench.turn(&world, turn(Scope::default(), true));
+        }
+        prop_assert_eq!(bench.entries(), world.rendered());
+    }
+}
