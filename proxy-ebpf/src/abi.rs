@@ -534,10 +534,10 @@ impl PeerKey {
     pub const BY_BACKEND: u16 = 1;
 }
 
-/// Bytes of a Service's name in [`Name`]: "namespace/name:port", at most 63 + 1 + 63 + 1 + 15.
-pub const NAME_LEN: usize = 188;
+/// Bytes of a Service's name in [`Name`]: "namespace/name:port", three DNS labels, at most 63 + 1 + 63 + 1 + 63 = 191.
+pub const NAME_LEN: usize = 196;
 
-/// Value of NAMES, index of SERVICES. 192 bytes. Written by the agent, read by `dump`.
+/// Value of NAMES, index of SERVICES. 200 bytes. Written by the agent, read by `dump`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Name {
@@ -716,7 +716,7 @@ plain! {
     Peer { vip: Addr, backend: Addr, vip_port: Be16, backend_port: Be16, flags: u32, service: u32, member: u32, generation: u32, protocol: u32, last_used_ns: u64 } = 64;
     Socket { netns_cookie: u64, reserved: u64, peers: [Peer; SOCKET_PEERS] } = 272;
     PeerKey { cookie: u64, addr: Addr, port: Be16, by: u16, pad: u32 } = 32;
-    Name { len: u8, protocol: u8, family: u8, pad: u8, text: [u8; NAME_LEN] } = 192;
+    Name { len: u8, protocol: u8, family: u8, pad: u8, text: [u8; NAME_LEN] } = 200;
     Meta { abi_version: u32, flags: u32, netns_cookie: u64, heartbeat_ns: u64, lease_ns: u64, generation: u64, node: [u8; 64], reserved: [u64; 19] } = 256;
     Stats { connections: u64, datagrams: u64, refused: u64, reserved: u64 } = 32;
 }
