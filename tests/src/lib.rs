@@ -1,1 +1,2 @@
 //! Building blocks of the tests.
+pub mod bench;

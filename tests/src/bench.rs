@@ -1,0 +1,3 @@
+//! The benches: both sides in one run, the ratio and its interval, a JSON report, and exit code 2 for a missed target.
+
+pub mod report;
