@@ -1,0 +1,181 @@
+//! What a socket was translated from, and when a choice made for it still stands.
+//!
+//! A socket keeps [`SOCKET_PEERS`](crate::abi::SOCKET_PEERS) translations in its own storage; the programs put more into
+//! PEERS. Here is the decision over one socket's storage; the hooks of one socket run under its lock.
+
+use crate::{
+    abi::{Addr, Be16, Peer, PeerKey, Socket, UDP, peer_flags},
+    lb::{Backend, Hit, Request, Tables, still_serves},
+};
+
+/// Idle time after which an unconnected socket's choice is made anew, as conntrack forgets a stream of datagrams
+/// (nf_conntrack_udp_timeout_stream, 120 s).
+pub const IDLE_NS: u64 = 120_000_000_000;
+
+impl Peer {
+    #[inline(always)]
+    const fn is_used(&self) -> bool {
+        self.flags & peer_flags::USED != 0
+    }
+
+    #[inline(always)]
+    const fn is_connected(&self) -> bool {
+        self.flags & peer_flags::CONNECTED != 0
+    }
+
+    #[inline(always)]
+    const fn is_idle(&self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.last_used_ns) > IDLE_NS
+    }
+
+    /// Whether this stands for the frontend that the request addresses.
+    #[inline(always)]
+    pub fn is_for(&self, request: &Request) -> bool {
+        self.is_used() && self.vip == request.addr && self.vip_port == request.port
+    }
+
+    /// Whether a datagram from this address is a reply of this translation.
+    #[inline(always)]
+    pub fn is_from(&self, addr: &Addr, port: Be16) -> bool {
+        self.is_used() && self.backend == *addr && self.backend_port == port
+    }
+
+    /// Whether the next datagram of `request` goes where this one went.
+    #[inline(always)]
+    pub fn stands<T: Tables>(&self, tables: &T, request: &Request, hit: Hit) -> bool {
+        // The kernel drops what anyone but the connected backend answers, however long that takes.
+        self.is_for(request)
+            && self.service == hit.service
+            && (self.is_connected() || !self.is_idle(request.now_ns))
+            && still_serves(tables, self.service, self.member, self.generation)
+    }
+
+    /// Whether this is a connected UDP socket's, whose backend no longer serves: nobody will answer, and no hook runs on
+    /// `send()` that could choose another one.
+    #[inline(always)]
+    pub fn is_dead<T: Tables>(&self, tables: &T) -> bool {
+        self.is_used()
+            && self.is_connected()
+            && self.protocol == UDP as u32
+            && !still_serves(tables, self.service, self.member, self.generation)
+    }
+
+    /// Records a choice.
+    #[inline(always)]
+    pub const fn record(&mut self, request: &Request, backend: &Backend, flags: u32) {
+        *self = Self {
+            vip: request.addr,
+            backend: backend.addr,
+            vip_port: request.port,
+            backend_port: backend.port,
+            flags,
+            service: backend.service,
+            member: backend.member,
+            generation: backend.generation,
+            protocol: request.protocol as u32,
+            last_used_ns: request.now_ns,
+        };
+    }
+
+    /// The key in PEERS by which sending finds this.
+    #[inline(always)]
+    pub const fn key_by_vip(cookie: u64, request: &Request) -> PeerKey {
+        PeerKey {
+            cookie,
+            addr: request.addr,
+            port: request.port,
+            by: PeerKey::BY_VIP,
+            pad: 0,
+        }
+    }
+
+    /// The key in PEERS by which receiving finds this.
+    #[inline(always)]
+    pub const fn key_by_backend(cookie: u64, addr: Addr, port: Be16) -> PeerKey {
+        PeerKey {
+            cookie,
+            addr,
+            port,
+            by: PeerKey::BY_BACKEND,
+            pad: 0,
+        }
+    }
+}
+
+impl Socket {
+    /// Records what `connect()` chose; the socket now talks to nobody else.
+    #[inline(always)]
+    pub fn connect(&mut self, request: &Request, backend: &Backend) {
+        self.netns_cookie = request.netns_cookie;
+        let [connected, others @ ..] = &mut self.peers;
+        connected.record(request, backend, peer_flags::USED | peer_flags::CONNECTED);
+        for peer in others {
+            peer.flags = 0;
+        }
+    }
+
+    /// The connected peer, if the kernel's idea of it is the same. `connect(AF_UNSPEC)` runs no hook that could clear it.
+    #[inline(always)]
+    pub fn connected_to(&self, addr: &Addr, port: Be16) -> Option<&Peer> {
+        let peer = &self.peers[0];
+        (peer.is_connected() && peer.is_from(addr, port)).then_some(peer)
+    }
+
+    /// Whether there may be more peers in PEERS.
+    #[inline(always)]
+    pub fn is_full(&self) -> bool {
+        self.peers.iter().all(Peer::is_used)
+    }
+
+    /// The choice made earlier for this request, if it stands.
+    #[inline(always)]
+    pub fn choice<T: Tables>(
+        &mut self,
+        tables: &T,
+        request: &Request,
+        hit: Hit,
+    ) -> Option<&mut Peer> {
+        self.peers
+            .iter_mut()
+            .find(|peer| peer.stands(tables, request, hit))
+    }
+
+    /// Where to record a new choice: a free entry, else the oldest one that is idle or for the same frontend. `None` means
+    /// PEERS.
+    ///
+    /// A dead choice for the same frontend is not the first to go: replies may still be on their way from its backend.
+    #[inline(always)]
+    pub fn place(&mut self, request: &Request) -> Option<&mut Peer> {
+        let mut oldest_ns = u64::MAX;
+        let mut place = None;
+        for peer in &mut self.peers {
+            let age = if !peer.is_used() {
+                0
+            } else if peer.is_connected() {
+                continue;
+            } else if peer.is_for(request) || peer.is_idle(request.now_ns) {
+                peer.last_used_ns
+            } else {
+                continue;
+            };
+            if age < oldest_ns {
+                oldest_ns = age;
+                place = Some(peer);
+            }
+        }
+        place
+    }
+
+    /// Which translation a datagram from this address answers: the one used last, where two lead to one backend.
+    #[inline(always)]
+    pub fn sender(&mut self, addr: &Addr, port: Be16) -> Option<&mut Peer> {
+        let mut newest: Option<&mut Peer> = None;
+        for peer in &mut self.peers {
+            let newest_ns = newest.as_ref().map_or(0, |found| found.last_used_ns);
+            if peer.is_from(addr, port) && peer.last_used_ns >= newest_ns {
+                newest = Some(peer);
+            }
+        }
+        newest
+    }
+}

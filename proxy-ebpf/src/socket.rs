@@ -1,0 +1,386 @@
+//! The socket layer: translates a Service address once, when a socket connects or sends, and shows it again to whoever
+//! asks where a datagram came from or whom the socket is connected to.
+//!
+//! One body for both families. The kernel runs the hooks of one socket under its lock, so that nothing here races with
+//! itself. v4-mapped destinations of an IPv6 socket arrive at `connect6`, but at `sendmsg4`, and the replies at `recvmsg6`
+//! (v6.18, net/ipv6/udp.c).
+
+use core::ptr;
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::bpf_sock,
+    helpers::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_get_prandom_u32,
+        bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval,
+    },
+    programs::SockAddrContext,
+};
+use proxy_ebpf::{
+    abi::{Addr, Be16, Peer, Reason, Socket, UDP, meta_flags, peer_flags},
+    lb::{self, Backend, Hit, Request, Verdict},
+};
+
+use crate::maps::{self, Counter, Maps, Terms};
+
+/// The kernel goes on with the call; the only value that recvmsg and getpeername may return.
+const PROCEED: i32 = 1;
+const REFUSE: i32 = 0;
+const ECONNREFUSED: i32 = 111;
+
+/// Cgroups deeper than this are opted out through their ancestors only.
+const CGROUP_LEVELS: i32 = 16;
+
+/// How a hook of one address family reads and writes its context.
+pub trait Family {
+    /// The address that the call names, or that answers it.
+    fn addr(ctx: &SockAddrContext) -> Addr;
+    /// Replaces it; `addr` is of this family.
+    fn set_addr(ctx: &SockAddrContext, addr: &Addr);
+    /// The source address of the socket, unspecified when it has none.
+    fn bound(ctx: &SockAddrContext) -> Addr;
+    /// The source address of the datagram, unspecified when the kernel is to choose.
+    fn datagram_source(ctx: &SockAddrContext) -> Addr;
+}
+
+/// Hooks whose names end in 4.
+pub struct V4;
+/// Hooks whose names end in 6.
+pub struct V6;
+
+/// One load, as the verifier wants it from a context: whole words at constant offsets.
+macro_rules! read {
+    ($pointer:expr, $($field:tt)+) => {
+        // SAFETY: a field of the context, or of the socket in it; the kernel translates the load.
+        unsafe { ptr::read_volatile(&raw const (*$pointer).$($field)+) }
+    };
+}
+
+macro_rules! write {
+    ($ctx:expr, $value:expr, $($field:tt)+) => {
+        // SAFETY: a field of the context that this hook may write.
+        unsafe { ptr::write_volatile(&raw mut (*$ctx.sock_addr).$($field)+, $value) }
+    };
+}
+
+impl Family for V4 {
+    #[inline(always)]
+    fn addr(ctx: &SockAddrContext) -> Addr {
+        Addr::from_v4_word(read!(ctx.sock_addr, user_ip4))
+    }
+
+    #[inline(always)]
+    fn set_addr(ctx: &SockAddrContext, addr: &Addr) {
+        write!(ctx, addr.0[3], user_ip4);
+    }
+
+    #[inline(always)]
+    fn bound(ctx: &SockAddrContext) -> Addr {
+        Addr::from_v4_word(read!(sk(ctx), src_ip4))
+    }
+
+    #[inline(always)]
+    fn datagram_source(ctx: &SockAddrContext) -> Addr {
+        Addr::from_v4_word(read!(ctx.sock_addr, msg_src_ip4))
+    }
+}
+
+impl Family for V6 {
+    #[inline(always)]
+    fn addr(ctx: &SockAddrContext) -> Addr {
+        let from = ctx.sock_addr;
+        Addr([
+            read!(from, user_ip6[0]),
+            read!(from, user_ip6[1]),
+            read!(from, user_ip6[2]),
+            read!(from, user_ip6[3]),
+        ])
+    }
+
+    #[inline(always)]
+    fn set_addr(ctx: &SockAddrContext, addr: &Addr) {
+        write!(ctx, addr.0[0], user_ip6[0]);
+        write!(ctx, addr.0[1], user_ip6[1]);
+        write!(ctx, addr.0[2], user_ip6[2]);
+        write!(ctx, addr.0[3], user_ip6[3]);
+    }
+
+    #[inline(always)]
+    fn bound(ctx: &SockAddrContext) -> Addr {
+        let from = sk(ctx);
+        Addr([
+            read!(from, src_ip6[0]),
+            read!(from, src_ip6[1]),
+            read!(from, src_ip6[2]),
+            read!(from, src_ip6[3]),
+        ])
+    }
+
+    #[inline(always)]
+    fn datagram_source(ctx: &SockAddrContext) -> Addr {
+        let from = ctx.sock_addr;
+        Addr([
+            read!(from, msg_src_ip6[0]),
+            read!(from, msg_src_ip6[1]),
+            read!(from, msg_src_ip6[2]),
+            read!(from, msg_src_ip6[3]),
+        ])
+    }
+}
+
+#[inline(always)]
+fn sk(ctx: &SockAddrContext) -> *mut bpf_sock {
+    // SAFETY: `sk` is the member of this union in every hook of ours.
+    unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
+}
+
+#[inline(always)]
+fn port(ctx: &SockAddrContext) -> Be16 {
+    Be16(read!(ctx.sock_addr, user_port) as u16)
+}
+
+#[inline(always)]
+fn rewrite<F: Family>(ctx: &SockAddrContext, addr: &Addr, port: Be16) {
+    F::set_addr(ctx, addr);
+    write!(ctx, u32::from(port.0), user_port);
+}
+
+#[inline(always)]
+fn request<F: Family>(ctx: &SockAddrContext, terms: &Terms, source: Addr, now_ns: u64) -> Request {
+    // SAFETY: helpers without preconditions.
+    let (netns_cookie, random) =
+        unsafe { (bpf_get_netns_cookie(ctx.as_ptr()), bpf_get_prandom_u32()) };
+    Request {
+        addr: F::addr(ctx),
+        port: port(ctx),
+        protocol: read!(ctx.sock_addr, protocol) as u8,
+        on_host: netns_cookie == terms.netns_cookie,
+        from_loopback: source.is_loopback(),
+        netns_cookie,
+        now_ns,
+        random,
+    }
+}
+
+/// Whether the agent has been gone for too long to be believed.
+#[inline(always)]
+fn lease_expired(terms: &Terms, now_ns: u64) -> bool {
+    terms.lease_ns != 0 && now_ns.saturating_sub(terms.heartbeat_ns) > terms.lease_ns
+}
+
+#[inline(always)]
+fn opted_out(terms: &Terms) -> bool {
+    if terms.flags & meta_flags::OPT_OUT == 0 {
+        return false;
+    }
+    for level in 0..CGROUP_LEVELS {
+        // SAFETY: a helper without preconditions; 0 below the task's own level.
+        let cgroup = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if cgroup == 0 {
+            return false;
+        }
+        if maps::is_opted_out(cgroup) {
+            return true;
+        }
+    }
+    false
+}
+
+/// The frontend that serves a request of this task.
+#[inline(always)]
+fn find(request: &Request, terms: &Terms) -> Result<Hit, Verdict> {
+    let found = lb::find(&Maps, request);
+    // Asked only where it makes a difference: most connections go to no Service.
+    let concerned = !matches!(found, Err(Verdict::Pass(_)));
+    if concerned && opted_out(terms) {
+        return Err(Verdict::Pass(Reason::OptedOut));
+    }
+    found
+}
+
+/// Ends a program that leaves the call as it is.
+#[inline(always)]
+fn pass(reason: Reason) -> i32 {
+    maps::count(reason);
+    PROCEED
+}
+
+/// Ends a program with ECONNREFUSED.
+#[inline(always)]
+fn refuse(reason: Reason) -> i32 {
+    maps::count(reason);
+    if !maps::can_refuse() {
+        return PROCEED;
+    }
+    // SAFETY: allowed in connect and sendmsg, the only callers. Without it the call ends in EPERM.
+    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    REFUSE
+}
+
+/// `connect()`.
+#[inline(always)]
+pub fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let Some(terms) = maps::terms() else {
+        return pass(Reason::BrokenMap);
+    };
+    // SAFETY: a helper without preconditions.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    if lease_expired(&terms, now_ns) {
+        maps::forget(sk(ctx));
+        return pass(Reason::LeaseExpired);
+    }
+    let request = request::<F>(ctx, &terms, F::bound(ctx), now_ns);
+    let (verdict, service) = match find(&request, &terms) {
+        Ok(hit) => (lb::choose(&Maps, hit, &request), Some(hit.service)),
+        Err(verdict) => (verdict, None),
+    };
+    match verdict {
+        Verdict::Pass(reason) => {
+            maps::forget(sk(ctx));
+            pass(reason)
+        }
+        // Resolvers sort addresses by connecting a datagram socket to each (RFC 6724), without sending anything.
+        Verdict::Refuse(_) if request.protocol == UDP => {
+            maps::forget(sk(ctx));
+            pass(Reason::UdpConnectPassed)
+        }
+        Verdict::Refuse(reason) => {
+            if let Some(service) = service {
+                maps::count_for(service, Counter::Refused);
+            }
+            refuse(reason)
+        }
+        Verdict::Translate(backend) => connect_to::<F>(ctx, &request, &backend),
+    }
+}
+
+#[inline(always)]
+fn connect_to<F: Family>(ctx: &SockAddrContext, request: &Request, backend: &Backend) -> i32 {
+    // Without a record of it, recvmsg and getpeername would show the backend.
+    let Some(socket) = maps::socket_or_new(ctx) else {
+        return pass(Reason::NoStorage);
+    };
+    socket.connect(request, backend);
+    rewrite::<F>(ctx, &backend.addr, backend.port);
+    maps::count_for(backend.service, Counter::Connections);
+    pass(Reason::Connected)
+}
+
+/// `sendto()` and `sendmsg()` with an address: UDP only.
+#[inline(always)]
+pub fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let Some(terms) = maps::terms() else {
+        return pass(Reason::BrokenMap);
+    };
+    // SAFETY: a helper without preconditions.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    if lease_expired(&terms, now_ns) {
+        return pass(Reason::LeaseExpired);
+    }
+    let request = request::<F>(ctx, &terms, F::datagram_source(ctx), now_ns);
+    let hit = match find(&request, &terms) {
+        Ok(hit) => hit,
+        Err(Verdict::Refuse(reason)) => return refuse(reason),
+        Err(Verdict::Pass(reason)) => return pass(reason),
+        Err(Verdict::Translate(_)) => return pass(Reason::BrokenMap),
+    };
+    let Some(socket) = maps::socket_or_new(ctx) else {
+        return pass(Reason::NoStorage);
+    };
+    if let Some(peer) = earlier_choice(ctx, socket, &request, hit) {
+        peer.last_used_ns = now_ns;
+        return send_to::<F>(ctx, hit, &peer.backend, peer.backend_port);
+    }
+    match lb::choose(&Maps, hit, &request) {
+        Verdict::Translate(backend) => {
+            socket.netns_cookie = request.netns_cookie;
+            remember(ctx, socket, &request, &backend);
+            send_to::<F>(ctx, hit, &backend.addr, backend.port)
+        }
+        Verdict::Pass(reason) => pass(reason),
+        Verdict::Refuse(reason) => {
+            maps::count_for(hit.service, Counter::Refused);
+            refuse(reason)
+        }
+    }
+}
+
+#[inline(always)]
+fn send_to<F: Family>(ctx: &SockAddrContext, hit: Hit, addr: &Addr, port: Be16) -> i32 {
+    rewrite::<F>(ctx, addr, port);
+    maps::count_for(hit.service, Counter::Datagrams);
+    pass(Reason::Sent)
+}
+
+#[inline(always)]
+fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the context of a hook that may ask.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
+}
+
+#[inline(always)]
+fn earlier_choice<'a>(
+    ctx: &SockAddrContext,
+    socket: &'a mut Socket,
+    request: &Request,
+    hit: Hit,
+) -> Option<&'a mut Peer> {
+    if !socket.is_full() {
+        return socket.choice(&Maps, request, hit);
+    }
+    if let Some(peer) = socket.choice(&Maps, request, hit) {
+        return Some(peer);
+    }
+    maps::overflow_peer(&Peer::key_by_vip(cookie(ctx), request))
+        .filter(|peer| peer.stands(&Maps, request, hit))
+}
+
+#[inline(always)]
+fn remember(ctx: &SockAddrContext, socket: &mut Socket, request: &Request, backend: &Backend) {
+    if let Some(place) = socket.place(request) {
+        place.record(request, backend, peer_flags::USED);
+        return;
+    }
+    maps::count(Reason::PeerOverflow);
+    let mut peer = Peer::default();
+    peer.record(request, backend, peer_flags::USED);
+    let cookie = cookie(ctx);
+    maps::remember_overflow(&Peer::key_by_vip(cookie, request), &peer);
+    let by_backend = Peer::key_by_backend(cookie, backend.addr, backend.port);
+    maps::remember_overflow(&by_backend, &peer);
+}
+
+/// `recvfrom()` and `recvmsg()` that ask for the sender: UDP only.
+#[inline(always)]
+pub fn recvmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let Some(socket) = maps::socket(ctx) else {
+        return pass(Reason::ReplyUntouched);
+    };
+    let (addr, port) = (F::addr(ctx), port(ctx));
+    let is_full = socket.is_full();
+    let mut sender = socket.sender(&addr, port);
+    if sender.is_none() && is_full {
+        sender = maps::overflow_peer(&Peer::key_by_backend(cookie(ctx), addr, port))
+            .filter(|peer| peer.is_from(&addr, port));
+    }
+    let Some(peer) = sender else {
+        return pass(Reason::ReplyUntouched);
+    };
+    // SAFETY: a helper without preconditions.
+    peer.last_used_ns = unsafe { bpf_ktime_get_ns() };
+    rewrite::<F>(ctx, &peer.vip, peer.vip_port);
+    pass(Reason::ReplyTranslated)
+}
+
+/// `getpeername()`.
+#[inline(always)]
+pub fn getpeername<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let socket = maps::socket(ctx);
+    match socket.and_then(|socket| socket.connected_to(&F::addr(ctx), port(ctx))) {
+        Some(peer) => {
+            rewrite::<F>(ctx, &peer.vip, peer.vip_port);
+            pass(Reason::PeerNameTranslated)
+        }
+        None => pass(Reason::ReplyUntouched),
+    }
+}
