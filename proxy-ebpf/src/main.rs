@@ -3,6 +3,7 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod iter;
 mod maps;
 mod socket;
 
@@ -27,6 +28,22 @@ hooks! {
     recvmsg6 = recvmsg::<V6>;
     getpeername4 = getpeername::<V4>;
     getpeername6 = getpeername::<V6>;
+}
+
+macro_rules! iterators {
+    ($($name:ident($context:ident) in $section:literal;)*) => {$(
+        #[unsafe(no_mangle)]
+        #[unsafe(link_section = $section)]
+        extern "C" fn $name(ctx: *const iter::$context) -> i32 {
+            iter::$name(ctx)
+        }
+    )*};
+}
+
+iterators! {
+    list_sockets(StorageContext) in "iter/bpf_sk_storage_map";
+    list_dead(StorageContext) in "iter/bpf_sk_storage_map";
+    kill_dead(UdpContext) in "iter/udp";
 }
 
 /// The kernel functions used here are GPL-only, some of them.
