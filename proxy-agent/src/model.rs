@@ -1,1 +1,284 @@
-//! To be written.
+//! What the agent knows of the cluster: API objects, parsed once into types that cannot be wrong.
+//!
+//! Sources send [`Update`]s; [`Model::apply`] takes them in and says what they touch. An impossible object never gets
+//! here: parsing refuses it, and its last good version stays.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+pub use self::{
+    node::{Node, NodeName},
+    problem::{Effect, Kind, Problem},
+    service::{Port, Service},
+    slice::{Endpoint, EndpointPort, Slice, SliceName},
+};
+use crate::state::ServiceName;
+
+mod node;
+mod problem;
+mod service;
+mod slice;
+mod text;
+
+/// Labels whose mere presence takes an object away from this proxy (kube-proxy's list and watch selector).
+const EXCLUDING_LABELS: [&str; 2] = [
+    "service.kubernetes.io/service-proxy-name",
+    "service.kubernetes.io/headless",
+];
+
+fn excluded(metadata: &ObjectMeta) -> bool {
+    metadata.labels.as_ref().is_some_and(|labels| {
+        EXCLUDING_LABELS
+            .iter()
+            .any(|label| labels.contains_key(*label))
+    })
+}
+
+/// A consistent change of what one source delivers. The first one of each source is everything it has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Update {
+    /// Services, EndpointSlices and the own Node.
+    Objects(Objects),
+    /// All addresses assigned to this node's links, without loopback.
+    Addresses(BTreeSet<IpAddr>),
+}
+
+/// Changed API objects; `None` stands for a deleted one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Objects {
+    /// Services.
+    pub services: Vec<(ServiceName, Option<Arc<Service>>)>,
+    /// EndpointSlices.
+    pub slices: Vec<(SliceName, Option<Arc<Slice>>)>,
+    /// The own Node, if it changed.
+    pub node: Option<Option<Arc<Node>>>,
+    /// Everything that exists has been read. Until then nothing may be deleted from the kernel.
+    pub complete: bool,
+}
+
+/// What an update touched.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dirty {
+    /// Services to compile again; some may be gone.
+    pub services: BTreeSet<ServiceName>,
+    /// The node's addresses changed.
+    pub addresses: bool,
+}
+
+impl Dirty {
+    /// Whether nothing was touched.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && !self.addresses
+    }
+
+    /// Adds what another update touched.
+    pub fn merge(&mut self, other: Self) {
+        let Self {
+            mut services,
+            addresses,
+        } = other;
+        self.services.append(&mut services);
+        self.addresses |= addresses;
+    }
+}
+
+/// The cluster as this node has to know it.
+#[derive(Clone, Debug)]
+pub struct Model {
+    here: NodeName,
+    services: BTreeMap<ServiceName, Arc<Service>>,
+    /// By Service; each list sorted by the slice's name.
+    slices: BTreeMap<ServiceName, Vec<(SliceName, Arc<Slice>)>>,
+    /// The Service under which a slice is filed.
+    filed: HashMap<SliceName, ServiceName>,
+    node: Arc<Node>,
+    addresses: BTreeSet<IpAddr>,
+    has_objects: bool,
+    has_addresses: bool,
+    complete: bool,
+}
+
+impl Model {
+    /// An empty cluster seen from the node `here`.
+    pub fn new(here: NodeName) -> Self {
+        Self {
+            here,
+            services: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            filed: HashMap::new(),
+            node: Arc::default(),
+            addresses: BTreeSet::new(),
+            has_objects: false,
+            has_addresses: false,
+            complete: false,
+        }
+    }
+
+    /// Takes in a change.
+    pub fn apply(&mut self, update: Update) -> Dirty {
+        match update {
+            Update::Objects(objects) => self.apply_objects(objects),
+            Update::Addresses(addresses) => self.apply_addresses(addresses),
+        }
+    }
+
+    /// Whether every source has delivered: before this nothing is written to the kernel.
+    pub fn is_synced(&self) -> bool {
+        self.has_objects && self.has_addresses
+    }
+
+    /// Whether every source has delivered everything: before this nothing is deleted from the kernel.
+    pub fn is_complete(&self) -> bool {
+        self.is_synced() && self.complete
+    }
+
+    /// The node that the agent runs on.
+    pub fn node_name(&self) -> &NodeName {
+        &self.here
+    }
+
+    /// Its zone.
+    pub fn zone(&self) -> Option<&str> {
+        self.node.zone.as_deref()
+    }
+
+    /// Its addresses.
+    pub fn addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.addresses
+    }
+
+    /// Every Service, by name.
+    pub fn services(&self) -> impl Iterator<Item = (&ServiceName, &Service)> {
+        self.services
+            .iter()
+            .map(|(name, service)| (name, &**service))
+    }
+
+    /// A Service.
+    pub fn service(&self, name: &ServiceName) -> Option<&Service> {
+        self.services.get(name).map(|service| &**service)
+    }
+
+    /// The slices of a Service, by name of the slice.
+    pub fn slices(&self, service: &ServiceName) -> impl Iterator<Item = &Slice> {
+        let slices = self.slices.get(service).map_or(&[][..], Vec::as_slice);
+        slices.iter().map(|(_, slice)| &**slice)
+    }
+
+    /// All slices, with the Service of each.
+    pub(crate) fn all_slices(&self) -> impl Iterator<Item = (&ServiceName, &Slice)> {
+        self.slices
+            .iter()
+            .flat_map(|(name, slices)| slices.iter().map(move |(_, slice)| (name, &**slice)))
+    }
+
+    fn apply_objects(&mut self, objects: Objects) -> Dirty {
+        let Objects {
+            services,
+            slices,
+            node,
+            complete,
+        } = objects;
+        let mut dirty = Dirty::default();
+        for (name, service) in services {
+            let is_new = match service {
+                Some(service) => {
+                    let before = self.services.insert(name.clone(), Arc::clone(&service));
+                    before.as_ref() != Some(&service)
+                }
+                None => self.services.remove(&name).is_some(),
+            };
+            if is_new {
+                dirty.services.insert(name);
+            }
+        }
+        for (name, slice) in slices {
+            self.apply_slice(name, slice, &mut dirty);
+        }
+        if let Some(node) = node {
+            self.apply_node(node.unwrap_or_default(), &mut dirty);
+        }
+        self.has_objects = true;
+        self.complete = complete;
+        dirty
+    }
+
+    fn apply_slice(&mut self, name: SliceName, slice: Option<Arc<Slice>>, dirty: &mut Dirty) {
+        let filed = self.filed.get(&name).cloned();
+        if let Some(service) = filed.as_ref().and_then(|service| self.slices.get(service)) {
+            let at = position(service, &name);
+            if let (Ok(at), Some(slice)) = (at, &slice)
+                && service[at].1 == *slice
+            {
+                return;
+            }
+        }
+        if let Some(service) = filed {
+            self.remove_slice(&service, &name);
+            dirty.services.insert(service);
+        }
+        if let Some(slice) = slice {
+            let service = slice.service.clone();
+            let slices = self.slices.entry(service.clone()).or_default();
+            if let Err(at) = position(slices, &name) {
+                slices.reserve_exact(1);
+                slices.insert(at, (name.clone(), slice));
+            }
+            self.filed.insert(name, service.clone());
+            dirty.services.insert(service);
+        }
+    }
+
+    fn remove_slice(&mut self, service: &ServiceName, name: &SliceName) {
+        self.filed.remove(name);
+        if let Some(slices) = self.slices.get_mut(service) {
+            if let Ok(at) = position(slices, name) {
+                slices.remove(at);
+            }
+            if slices.is_empty() {
+                self.slices.remove(service);
+            }
+        }
+    }
+
+    /// A changed zone touches every Service with zone hints, as kube-proxy's full sync on a changed Node does.
+    fn apply_node(&mut self, node: Arc<Node>, dirty: &mut Dirty) {
+        if self.node == node {
+            return;
+        }
+        self.node = node;
+        let hinted = self
+            .all_slices()
+            .filter(|(_, slice)| !slice.zones.is_empty());
+        let hinted: Vec<_> = hinted.map(|(name, _)| name.clone()).collect();
+        dirty.services.extend(hinted);
+    }
+
+    fn apply_addresses(&mut self, addresses: BTreeSet<IpAddr>) -> Dirty {
+        let is_first = !std::mem::replace(&mut self.has_addresses, true);
+        let changed: BTreeSet<IpAddr> = self
+            .addresses
+            .symmetric_difference(&addresses)
+            .copied()
+            .collect();
+        self.addresses = addresses;
+        let touched = |service: &Service| service.cluster_ips.iter().any(|ip| changed.contains(ip));
+        Dirty {
+            services: self
+                .services()
+                .filter(|(_, service)| !changed.is_empty() && touched(service))
+                .map(|(name, _)| name.clone())
+                .collect(),
+            addresses: is_first || !changed.is_empty(),
+        }
+    }
+}
+
+fn position(slices: &[(SliceName, Arc<Slice>)], name: &SliceName) -> Result<usize, usize> {
+    slices.binary_search_by(|(other, _)| other.cmp(name))
+}

@@ -2,7 +2,12 @@
 //!
 //! `compile` makes it, `backends` render it. Nothing here knows Kubernetes objects or kernel maps.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 
@@ -57,7 +62,7 @@ impl fmt::Display for Protocol {
 }
 
 /// A Service's "namespace/name".
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServiceName(Arc<str>);
 
 impl ServiceName {
@@ -215,4 +220,96 @@ pub struct DesiredState {
     pub services: BTreeMap<ServicePort, ServiceState>,
     /// The node's own addresses.
     pub addresses: BTreeMap<IpAddr, NodeAddress>,
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            address,
+            port,
+            kind,
+            on_local_link,
+        } = *self;
+        write!(f, "{kind:<13} {}", SocketAddr::new(address, port))?;
+        if on_local_link {
+            f.write_str(" on-local-link")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            address,
+            port,
+            state,
+        } = *self;
+        let BackendState {
+            terminating,
+            on_this_node,
+            in_cluster,
+            in_local,
+        } = state;
+        write!(f, "-> {}", SocketAddr::new(address, port))?;
+        for (is_set, word) in [
+            (in_cluster, "cluster"),
+            (in_local, "local"),
+            (on_this_node, "here"),
+            (terminating, "terminating"),
+        ] {
+            if is_set {
+                write!(f, " {word}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for ServiceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            key,
+            frontends,
+            backends,
+            affinity_seconds,
+            internal_policy,
+            external_policy,
+            source_ranges,
+        } = self;
+        write!(f, "{key} {} {}", key.protocol, key.family)?;
+        write!(f, " internal={internal_policy} external={external_policy}")?;
+        if let Some(seconds) = affinity_seconds {
+            write!(f, " affinity={seconds}s")?;
+        }
+        for range in source_ranges {
+            write!(f, " from={range}")?;
+        }
+        writeln!(f)?;
+        for frontend in frontends {
+            writeln!(f, "  {frontend}")?;
+        }
+        for backend in backends {
+            writeln!(f, "  {backend}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for DesiredState {
+    /// A table: each service port with its frontends and backends below it, then the node's addresses.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            services,
+            addresses,
+        } = self;
+        for service in services.values() {
+            write!(f, "{service}")?;
+        }
+        for (address, NodeAddress { node_ports }) in addresses {
+            let ports = if *node_ports { " node-ports" } else { "" };
+            writeln!(f, "node {address}{ports}")?;
+        }
+        Ok(())
+    }
 }
