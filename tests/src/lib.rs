@@ -4,15 +4,19 @@
 //! Everything that is made carries the process id of its maker in its name, and a janitor process removes it when the
 //! maker is gone, however it went.
 
+pub mod agent;
 pub mod bench;
 pub mod janitor;
 pub mod load;
+pub mod manifests;
 pub mod names;
 pub mod peer;
 pub mod place;
 pub mod server;
 pub mod topology;
 
+pub use agent::Agent;
+pub use manifests::{Endpoint, Manifests, Service};
 pub use place::Place;
 pub use topology::{Node, Pod, Topology};
 
