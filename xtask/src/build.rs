@@ -8,7 +8,9 @@ use std::{
 use anyhow::{Context, Result};
 
 use crate::{
+    needs::Purpose,
     process::{self, Workspace},
+    remedy,
     toolchain::{Toolchain, Version},
 };
 
@@ -35,6 +37,7 @@ impl Abi {
 /// # Errors
 /// When a compiler is missing or refuses.
 pub fn run(workspace: &Workspace, release: bool, next: bool) -> Result<()> {
+    remedy::ensure(workspace, &[Purpose::Build])?;
     println!("{}", agent(workspace, Abi::Current, release)?.display());
     if next {
         println!("{}", agent(workspace, Abi::Next, release)?.display());

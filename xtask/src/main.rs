@@ -1,7 +1,11 @@
 //! Building, demonstrating, testing and measuring proxy-agent: one command each (`cargo xtask --help`).
 
 mod build;
+mod layers;
+mod needs;
 mod process;
+mod remedy;
+mod test;
 mod toolchain;
 
 use std::process::ExitCode;
@@ -29,12 +33,48 @@ enum Task {
         #[arg(long)]
         next: bool,
     },
+    /// Say what this machine lacks for building, testing and the demo, and the commands that bring it.
+    Check {
+        /// Run those commands.
+        #[arg(long)]
+        fix: bool,
+    },
+    /// Run the tests; those that need root and the kernel too, so as root.
+    Test {
+        /// Only tests whose name contains this.
+        filter: Option<String>,
+        /// Only tests that need this much.
+        #[arg(long, value_enum, default_value = "all")]
+        level: test::Level,
+    },
+    /// Make a small cluster of network namespaces and show the kernel balancing real traffic in it.
+    Demo {
+        /// Leave it running, and say how to enter it.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Measure, and compare with the target; results go to target/bench/NAME.json. Exit code 2: a target was missed.
+    Bench {
+        /// Which bench, and its own options.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        name: Vec<String>,
+    },
+    /// Rewrite what the golden tests expect: review the difference.
+    Bless,
+    /// Check who uses whom, against xtask/layers.toml.
+    Layers,
 }
 
 fn main() -> ExitCode {
     let workspace = process::Workspace::find();
     let done = match Cli::parse().command {
         Task::Build { release, next } => build::run(&workspace, release, next),
+        Task::Check { fix } => remedy::check(&workspace, fix),
+        Task::Test { filter, level } => test::run(&workspace, level, filter.as_deref()),
+        Task::Demo { keep } => test::demo(&workspace, keep),
+        Task::Bench { name } => test::bench(&workspace, &name),
+        Task::Bless => test::bless(&workspace),
+        Task::Layers => layers::check(&workspace),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,6 +9,9 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+/// How many lines of a failed program's output are worth showing.
+const TAIL_LINES: usize = 30;
+
 /// The folder with the workspace's `Cargo.toml`, and what is built in it.
 pub struct Workspace {
     /// Absolute.
@@ -69,6 +72,25 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs to the end silently; a failure carries the last lines of what was printed.
+pub fn run_quietly(command: &mut Command) -> Result<()> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {}", line(command)))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.push_str(&String::from_utf8_lossy(&output.stderr));
+    bail!(
+        "{} ended with {}; its last lines:\n{}",
+        line(command),
+        output.status,
+        tail(&text)
+    )
+}
+
 /// Standard output of a program that succeeded; `None` when it is not there or failed.
 pub fn answer(command: &mut Command) -> Option<String> {
     let output = command
@@ -82,6 +104,16 @@ pub fn answer(command: &mut Command) -> Option<String> {
         .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// The file a shell would run for `name`.
+pub fn in_path(name: &str) -> Option<PathBuf> {
+    // Debian keeps administrators' programs out of an ordinary user's PATH; we only run them as root.
+    let extra = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    env::split_paths(&env::var_os("PATH").unwrap_or_default())
+        .chain(extra)
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file())
+}
+
 /// The command as one would type it.
 fn line(command: &Command) -> String {
     let mut words = vec![command.get_program().to_string_lossy().into_owned()];
@@ -91,4 +123,15 @@ fn line(command: &Command) -> String {
             .map(|word| word.to_string_lossy().into_owned()),
     );
     words.join(" ")
+}
+
+/// The last lines, indented.
+fn tail(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    let from = lines.len().saturating_sub(TAIL_LINES);
+    lines[from..]
+        .iter()
+        .map(|line| format!("  {line}"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }

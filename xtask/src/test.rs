@@ -1,0 +1,285 @@
+//! Tests, from those that need nothing to those that need root and a kernel; the demo and the benches, which need the
+//! same things.
+
+use std::{
+    collections::BTreeSet,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use crate::{
+    build::{self, Abi},
+    needs::Purpose,
+    process::{self, Workspace},
+    remedy,
+};
+
+/// The package with the scenarios, the demo and the benches.
+const PACKAGE: &str = "proxy-tests";
+
+/// How much a test needs. The first two need neither root nor the programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Level {
+    /// Beside the code.
+    Unit,
+    /// YAML in, state and maps out.
+    Golden,
+    /// The loaded programs, by system calls: tests beside the code that need root, and the test target `packet`.
+    Packet,
+    /// Clusters made of network namespaces.
+    Netns,
+    /// Long runs under load.
+    Torture,
+    /// All of these.
+    All,
+}
+
+impl Level {
+    fn needs_root(self) -> bool {
+        match self {
+            Self::Unit | Self::Golden => false,
+            Self::Packet | Self::Netns | Self::Torture | Self::All => true,
+        }
+    }
+}
+
+/// `cargo xtask test`: everything runs even after a failure; cargo's own summaries are the last lines.
+///
+/// # Errors
+/// When a test fails, or the machine cannot run it: nothing is skipped.
+pub fn run(workspace: &Workspace, level: Level, filter: Option<&str>) -> Result<()> {
+    let targets = test_targets(workspace)?;
+    let runs = runs(level, &targets)?;
+    if level.needs_root() {
+        remedy::ensure(
+            workspace,
+            &[Purpose::Build, Purpose::Kernel, Purpose::Scenarios],
+        )?;
+    }
+    let mut agents = Vec::new();
+    if level.needs_root() {
+        agents.push(("PROXY_AGENT", build::agent(workspace, Abi::Current, false)?));
+        agents.push((
+            "PROXY_AGENT_NEXT",
+            build::agent(workspace, Abi::Next, false)?,
+        ));
+        process::run(
+            workspace
+                .cargo()
+                .args(["build", "--package", PACKAGE, "--bins"]),
+        )?;
+    }
+    let mut failed = Vec::new();
+    for run in runs {
+        let mut cargo = workspace.cargo();
+        cargo
+            .args(["test", "--workspace", "--no-fail-fast"])
+            .args(&run.targets)
+            .args(filter);
+        cargo
+            .arg("--")
+            .args(run.harness)
+            .envs(agents.iter().map(|(name, path)| (name, path)));
+        if let Err(error) = process::run(&mut cargo) {
+            failed.push(error.to_string());
+        }
+    }
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        bail!("tests failed: {}", failed.join("; "))
+    }
+}
+
+/// One run of `cargo test`.
+#[derive(Debug, PartialEq, Eq)]
+struct Run {
+    targets: Vec<String>,
+    harness: &'static [&'static str],
+}
+
+/// What to run for a level, given the workspace's test targets. Torture measures failures under load, so one at a time.
+fn runs(level: Level, targets: &BTreeSet<String>) -> Result<Vec<Run>> {
+    let own = ["--lib", "--bins"].map(str::to_owned);
+    let named = |names: &[&String]| {
+        names
+            .iter()
+            .flat_map(|name| ["--test".to_owned(), (*name).clone()])
+            .collect()
+    };
+    let one = |name: &str, harness| match targets.get(name) {
+        Some(target) => Ok(Run {
+            targets: named(&[target]),
+            harness,
+        }),
+        None => bail!("no package of the workspace has a test target {name:?}"),
+    };
+    Ok(match level {
+        Level::Unit => vec![Run {
+            targets: own.to_vec(),
+            harness: &[],
+        }],
+        Level::Golden => vec![one("golden", &[])?],
+        Level::Packet => {
+            let beside = Run {
+                targets: own.to_vec(),
+                harness: &["--ignored"],
+            };
+            let packet = targets
+                .get("packet")
+                .map(|_| one("packet", &["--include-ignored"]));
+            std::iter::once(Ok(beside))
+                .chain(packet)
+                .collect::<Result<_>>()?
+        }
+        Level::Netns => vec![one("netns", &["--include-ignored"])?],
+        Level::Torture => vec![one("torture", &["--include-ignored", "--test-threads=1"])?],
+        Level::All => {
+            let quick: Vec<_> = targets.iter().filter(|name| *name != "torture").collect();
+            let mut root = own.to_vec();
+            root.extend::<Vec<_>>(named(&quick));
+            let mut runs = vec![
+                Run {
+                    targets: vec![],
+                    harness: &[],
+                },
+                Run {
+                    targets: root,
+                    harness: &["--ignored"],
+                },
+            ];
+            if targets.contains("torture") {
+                runs.push(one("torture", &["--ignored", "--test-threads=1"])?);
+            }
+            runs
+        }
+    })
+}
+
+/// The names of all integration tests, as cargo sees them.
+fn test_targets(workspace: &Workspace) -> Result<BTreeSet<String>> {
+    let arguments = ["metadata", "--no-deps", "--format-version", "1"];
+    let text = process::answer(workspace.cargo().args(arguments))
+        .context("cargo metadata does not answer")?;
+    let metadata: serde_json::Value =
+        serde_json::from_str(&text).context("cargo metadata is not JSON")?;
+    Ok(named_targets(&metadata))
+}
+
+fn named_targets(metadata: &serde_json::Value) -> BTreeSet<String> {
+    let all =
+        |value: &serde_json::Value, field| value[field].as_array().cloned().unwrap_or_default();
+    all(metadata, "packages")
+        .iter()
+        .flat_map(|package| all(package, "targets"))
+        .filter(|target| all(target, "kind").iter().any(|kind| kind == "test"))
+        .filter_map(|target| target["name"].as_str().map(str::to_owned))
+        .collect()
+}
+
+/// `cargo xtask bless`: rewrites what the golden tests expect.
+///
+/// # Errors
+/// When the tests do not run.
+pub fn bless(workspace: &Workspace) -> Result<()> {
+    process::run(
+        workspace
+            .cargo()
+            .args(["test", "--workspace", "--test", "golden"])
+            .env("BLESS", "1"),
+    )
+}
+
+/// `cargo xtask demo`: does not return, unless it cannot start. The demo takes our place, so Ctrl-C and its exit code are
+/// between it and the caller.
+///
+/// # Errors
+/// When something is missing or does not build.
+pub fn demo(workspace: &Workspace, keep: bool) -> Result<()> {
+    remedy::ensure(
+        workspace,
+        &[Purpose::Build, Purpose::Kernel, Purpose::Scenarios],
+    )?;
+    let agent = build::agent(workspace, Abi::Current, false)?;
+    process::run(
+        workspace
+            .cargo()
+            .args(["build", "--package", PACKAGE, "--bins"]),
+    )?;
+    let mut demo = with_agent(workspace, &workspace.target("debug/demo"), agent);
+    become_it(demo.args(keep.then_some("--keep")))
+}
+
+/// `cargo xtask bench NAME`: the same with an optimised agent; exit code 2 means a target was missed.
+///
+/// # Errors
+/// When something is missing or does not build.
+pub fn bench(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+    remedy::ensure(
+        workspace,
+        &[Purpose::Build, Purpose::Kernel, Purpose::Scenarios],
+    )?;
+    let agent = build::agent(workspace, Abi::Current, true)?;
+    process::run(
+        workspace
+            .cargo()
+            .args(["build", "--release", "--package", PACKAGE, "--bins"]),
+    )?;
+    become_it(with_agent(workspace, &workspace.target("release/bench"), agent).args(arguments))
+}
+
+fn with_agent(workspace: &Workspace, program: &Path, agent: PathBuf) -> Command {
+    let mut command = workspace.command(program);
+    command.env("PROXY_AGENT", agent);
+    command
+}
+
+fn become_it(command: &mut Command) -> Result<()> {
+    Err(command.exec())
+        .with_context(|| format!("cannot run {}", command.get_program().to_string_lossy()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn targets(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    #[test]
+    fn all_runs_torture_alone_and_last() {
+        let runs = runs(Level::All, &targets(&["golden", "netns", "torture"])).unwrap();
+        let words: Vec<_> = runs
+            .iter()
+            .map(|run| (run.targets.join(" "), run.harness))
+            .collect();
+        let expected: [(String, &[&str]); 3] = [
+            (String::new(), &[]),
+            (
+                "--lib --bins --test golden --test netns".into(),
+                &["--ignored"],
+            ),
+            ("--test torture".into(), &["--ignored", "--test-threads=1"]),
+        ];
+        assert_eq!(words, expected);
+    }
+
+    #[test]
+    fn a_level_without_tests_is_an_error_and_not_a_success() {
+        assert!(runs(Level::Torture, &targets(&["netns"])).is_err());
+    }
+
+    #[test]
+    fn integration_tests_of_all_packages_are_found() {
+        let metadata = serde_json::json!({"packages": [
+            {"targets": [{"kind": ["lib"], "name": "proxy_agent"}, {"kind": ["test"], "name": "golden"}]},
+            {"targets": [{"kind": ["bin"], "name": "demo"}, {"kind": ["test"], "name": "netns"}]},
+        ]});
+        assert_eq!(named_targets(&metadata), targets(&["golden", "netns"]));
+    }
+}
