@@ -1,0 +1,142 @@
+//! Synthetic clusters of any size: as model objects for benches that start behind the parser, and as manifests.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    num::NonZeroU16,
+    sync::Arc,
+};
+
+use proxy_agent::{
+    model::{Endpoint, EndpointPort, Objects, Port, Service, Slice, SliceName},
+    state::{Family, Protocol, ServiceName},
+};
+use serde_json::{Value, json};
+
+/// Port of every synthetic Service.
+pub const PORT: u16 = 80;
+/// Port of every synthetic endpoint.
+pub const TARGET_PORT: u16 = 8080;
+
+/// `services` Services of one TCP port with `endpoints` ready endpoints each.
+#[derive(Clone, Copy, Debug)]
+pub struct Cluster {
+    /// Number of Services, at most 65,536.
+    pub services: u32,
+    /// Endpoints of each, at most 256.
+    pub endpoints: u32,
+}
+
+impl Cluster {
+    /// ClusterIP of the `service`-th Service, in 10.96.0.0/12.
+    pub fn cluster_ip(service: u32) -> Ipv4Addr {
+        Ipv4Addr::from(0x0a60_0000 + 256 + service)
+    }
+
+    /// Address of an endpoint, in 11.0.0.0/8.
+    pub fn endpoint(service: u32, endpoint: u32) -> Ipv4Addr {
+        Ipv4Addr::from(0x0b00_0000 + service * 256 + endpoint)
+    }
+
+    /// Name of the `service`-th Service.
+    pub fn name(service: u32) -> ServiceName {
+        ServiceName::new("bench", &format!("service-{service}"))
+    }
+
+    /// All objects, as a source delivers them first.
+    pub fn objects(self) -> Objects {
+        let mut objects = Objects {
+            node: Some(None),
+            complete: true,
+            ..Objects::default()
+        };
+        for service in 0..self.services {
+            let port = Port::new("http", Protocol::Tcp, nonzero(PORT));
+            let parsed = Service::new(&[IpAddr::V4(Self::cluster_ip(service))], vec![port]);
+            objects
+                .services
+                .push((Self::name(service), Some(Arc::new(parsed))));
+            let endpoints = (0..self.endpoints).map(|n| Self::endpoint(service, n));
+            objects.slices.push(slice(service, endpoints));
+        }
+        objects
+    }
+
+    /// The same as one Kubernetes `List` in JSON, with `backend` as the only endpoint of the first Service.
+    pub fn manifest(self, backend: Ipv4Addr) -> Value {
+        let mut items = Vec::new();
+        for service in 0..self.services {
+            let name = format!("service-{service}");
+            items.push(json!({
+                "apiVersion": "v1", "kind": "Service",
+                "metadata": {"namespace": "bench", "name": name},
+                "spec": {
+                    "clusterIP": Self::cluster_ip(service), "clusterIPs": [Self::cluster_ip(service)],
+                    "ports": [{"name": "http", "port": PORT, "protocol": "TCP"}],
+                },
+            }));
+            let addresses: Vec<_> = match service {
+                0 => vec![backend],
+                _ => (0..self.endpoints)
+                    .map(|n| Self::endpoint(service, n))
+                    .collect(),
+            };
+            items.push(slice_manifest(&name, &addresses));
+        }
+        json!({"apiVersion": "v1", "kind": "List", "items": items})
+    }
+}
+
+/// The one slice of a Service.
+pub fn slice(
+    service: u32,
+    endpoints: impl Iterator<Item = Ipv4Addr>,
+) -> (SliceName, Option<Arc<Slice>>) {
+    let port = EndpointPort::new("http", Protocol::Tcp, nonzero(TARGET_PORT));
+    let endpoints = endpoints
+        .map(|address| Endpoint::ready(IpAddr::V4(address)))
+        .collect();
+    let slice = Slice::new(Cluster::name(service), Family::V4, vec![port], endpoints);
+    (
+        SliceName::new("bench", &format!("service-{service}-1")),
+        Some(Arc::new(slice)),
+    )
+}
+
+/// The slice of the Service `name` as a manifest.
+pub fn slice_manifest(name: &str, addresses: &[Ipv4Addr]) -> Value {
+    let endpoints: Vec<_> = addresses
+        .iter()
+        .map(|ip| json!({"addresses": [ip]}))
+        .collect();
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "namespace": "bench", "name": format!("{name}-1"),
+            "labels": {"kubernetes.io/service-name": name},
+        },
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": TARGET_PORT, "protocol": "TCP"}],
+        "endpoints": endpoints,
+    })
+}
+
+fn nonzero(port: u16) -> NonZeroU16 {
+    NonZeroU16::new(port).expect("the ports above are not 0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_a_cluster_are_distinct() {
+        assert_ne!(Cluster::cluster_ip(0), Cluster::cluster_ip(1));
+        assert_eq!(Cluster::endpoint(1, 0), Ipv4Addr::new(11, 0, 1, 0));
+        let objects = Cluster {
+            services: 3,
+            endpoints: 2,
+        }
+        .objects();
+        assert_eq!((objects.services.len(), objects.slices.len()), (3, 3));
+    }
+}
