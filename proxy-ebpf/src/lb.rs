@@ -187,14 +187,12 @@ pub fn choose<T: Tables>(tables: &T, hit: Hit, request: &Request) -> Verdict {
     };
     let scope = scope(hit.kind, policy);
     let seconds = policy.affinity_seconds();
-    if seconds == 0 {
-        return match pick(tables, hit.service, scope, request.random) {
-            Ok((backend, _)) => Verdict::Translate(backend),
-            Err(verdict) => verdict,
-        };
-    }
     let key = AffinityKey::from_netns(hit.service, request.netns_cookie);
-    let (backend, slot) = match remembered(tables, &key, scope, seconds, request.now_ns) {
+    let known = match seconds {
+        0 => None,
+        _ => remembered(tables, &key, scope, seconds, request.now_ns),
+    };
+    let (backend, slot) = match known {
         Some(found) => {
             tables.note(Reason::AffinityHit);
             found
@@ -204,9 +202,8 @@ pub fn choose<T: Tables>(tables: &T, hit: Hit, request: &Request) -> Verdict {
             Err(verdict) => return verdict,
         },
     };
-    tables.remember(
-        &key,
-        &AffinityValue {
+    if seconds != 0 {
+        let value = AffinityValue {
             last_used_ns: request.now_ns,
             member: backend.member,
             generation: backend.generation,
@@ -214,8 +211,9 @@ pub fn choose<T: Tables>(tables: &T, hit: Hit, request: &Request) -> Verdict {
             check: key.check(),
             pad: 0,
             reserved: 0,
-        },
-    );
+        };
+        tables.remember(&key, &value);
+    }
     Verdict::Translate(backend)
 }
 
@@ -301,4 +299,4 @@ fn pick<T: Tables>(
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

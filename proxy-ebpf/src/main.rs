@@ -4,6 +4,7 @@
 #![feature(asm_experimental_arch)]
 
 mod iter;
+mod log;
 mod maps;
 mod socket;
 

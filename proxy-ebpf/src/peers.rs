@@ -179,3 +179,6 @@ impl Socket {
         newest
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,7 +21,10 @@ use proxy_ebpf::{
     lb::{self, Backend, Hit, Request, Verdict},
 };
 
-use crate::maps::{self, Counter, Maps, Terms};
+use crate::{
+    log,
+    maps::{self, Counter, Maps, Terms},
+};
 
 /// The kernel goes on with the call; the only value that recvmsg and getpeername may return.
 const PROCEED: i32 = 1;
@@ -198,21 +201,39 @@ fn find(request: &Request, terms: &Terms) -> Result<Hit, Verdict> {
     found
 }
 
-/// Ends a program that leaves the call as it is.
-#[inline(always)]
-fn pass(reason: Reason) -> i32 {
-    maps::count(reason);
-    PROCEED
+/// How a program ends: the reason is counted once, at the one exit.
+struct End {
+    reason: Reason,
+    refuse: bool,
 }
 
-/// Ends a program with ECONNREFUSED.
+/// The call goes on, as it is or rewritten.
+const fn go_on(reason: Reason) -> End {
+    End {
+        reason,
+        refuse: false,
+    }
+}
+
 #[inline(always)]
-fn refuse(reason: Reason) -> i32 {
-    maps::count(reason);
-    if !maps::can_refuse() {
+fn refuse(request: &Request, service: Option<u32>, reason: Reason) -> End {
+    if let Some(service) = service {
+        maps::count_for(service, Counter::Refused);
+    }
+    log::refused(request, reason);
+    End {
+        reason,
+        refuse: true,
+    }
+}
+
+#[inline(always)]
+fn finish(end: End) -> i32 {
+    maps::count(end.reason);
+    if !end.refuse || !maps::can_refuse() {
         return PROCEED;
     }
-    // SAFETY: allowed in connect and sendmsg, the only callers. Without it the call ends in EPERM.
+    // SAFETY: allowed in connect and sendmsg, the only ones that refuse. Without it the call ends in EPERM.
     unsafe { bpf_set_retval(-ECONNREFUSED) };
     REFUSE
 }
@@ -220,14 +241,23 @@ fn refuse(reason: Reason) -> i32 {
 /// `connect()`.
 #[inline(always)]
 pub fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let end = connect_or_not::<F>(ctx);
+    // The socket is no longer connected to what its storage says.
+    if !end.refuse && end.reason as u32 != Reason::Connected as u32 {
+        maps::forget(sk(ctx));
+    }
+    finish(end)
+}
+
+#[inline(always)]
+fn connect_or_not<F: Family>(ctx: &SockAddrContext) -> End {
     let Some(terms) = maps::terms() else {
-        return pass(Reason::BrokenMap);
+        return go_on(Reason::BrokenMap);
     };
     // SAFETY: a helper without preconditions.
     let now_ns = unsafe { bpf_ktime_get_ns() };
     if lease_expired(&terms, now_ns) {
-        maps::forget(sk(ctx));
-        return pass(Reason::LeaseExpired);
+        return go_on(Reason::LeaseExpired);
     }
     let request = request::<F>(ctx, &terms, F::bound(ctx), now_ns);
     let (verdict, service) = match find(&request, &terms) {
@@ -235,81 +265,80 @@ pub fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         Err(verdict) => (verdict, None),
     };
     match verdict {
-        Verdict::Pass(reason) => {
-            maps::forget(sk(ctx));
-            pass(reason)
-        }
+        Verdict::Pass(reason) => go_on(reason),
         // Resolvers sort addresses by connecting a datagram socket to each (RFC 6724), without sending anything.
-        Verdict::Refuse(_) if request.protocol == UDP => {
-            maps::forget(sk(ctx));
-            pass(Reason::UdpConnectPassed)
-        }
-        Verdict::Refuse(reason) => {
-            if let Some(service) = service {
-                maps::count_for(service, Counter::Refused);
-            }
-            refuse(reason)
-        }
+        Verdict::Refuse(_) if request.protocol == UDP => go_on(Reason::UdpConnectPassed),
+        Verdict::Refuse(reason) => refuse(&request, service, reason),
         Verdict::Translate(backend) => connect_to::<F>(ctx, &request, &backend),
     }
 }
 
 #[inline(always)]
-fn connect_to<F: Family>(ctx: &SockAddrContext, request: &Request, backend: &Backend) -> i32 {
+fn connect_to<F: Family>(ctx: &SockAddrContext, request: &Request, backend: &Backend) -> End {
     // Without a record of it, recvmsg and getpeername would show the backend.
     let Some(socket) = maps::socket_or_new(ctx) else {
-        return pass(Reason::NoStorage);
+        return go_on(Reason::NoStorage);
     };
     socket.connect(request, backend);
     rewrite::<F>(ctx, &backend.addr, backend.port);
     maps::count_for(backend.service, Counter::Connections);
-    pass(Reason::Connected)
+    log::translated(request, &backend.addr, backend.port);
+    go_on(Reason::Connected)
 }
 
 /// `sendto()` and `sendmsg()` with an address: UDP only.
 #[inline(always)]
 pub fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
+    finish(send_or_not::<F>(ctx))
+}
+
+#[inline(always)]
+fn send_or_not<F: Family>(ctx: &SockAddrContext) -> End {
     let Some(terms) = maps::terms() else {
-        return pass(Reason::BrokenMap);
+        return go_on(Reason::BrokenMap);
     };
     // SAFETY: a helper without preconditions.
     let now_ns = unsafe { bpf_ktime_get_ns() };
     if lease_expired(&terms, now_ns) {
-        return pass(Reason::LeaseExpired);
+        return go_on(Reason::LeaseExpired);
     }
     let request = request::<F>(ctx, &terms, F::datagram_source(ctx), now_ns);
     let hit = match find(&request, &terms) {
         Ok(hit) => hit,
-        Err(Verdict::Refuse(reason)) => return refuse(reason),
-        Err(Verdict::Pass(reason)) => return pass(reason),
-        Err(Verdict::Translate(_)) => return pass(Reason::BrokenMap),
+        Err(Verdict::Pass(reason)) => return go_on(reason),
+        Err(Verdict::Refuse(reason)) => return refuse(&request, None, reason),
+        Err(Verdict::Translate(_)) => return go_on(Reason::BrokenMap),
     };
     let Some(socket) = maps::socket_or_new(ctx) else {
-        return pass(Reason::NoStorage);
+        return go_on(Reason::NoStorage);
     };
     if let Some(peer) = earlier_choice(ctx, socket, &request, hit) {
         peer.last_used_ns = now_ns;
-        return send_to::<F>(ctx, hit, &peer.backend, peer.backend_port);
+        return send_to::<F>(ctx, &request, hit, &peer.backend, peer.backend_port);
     }
     match lb::choose(&Maps, hit, &request) {
+        Verdict::Pass(reason) => go_on(reason),
+        Verdict::Refuse(reason) => refuse(&request, Some(hit.service), reason),
         Verdict::Translate(backend) => {
             socket.netns_cookie = request.netns_cookie;
             remember(ctx, socket, &request, &backend);
-            send_to::<F>(ctx, hit, &backend.addr, backend.port)
-        }
-        Verdict::Pass(reason) => pass(reason),
-        Verdict::Refuse(reason) => {
-            maps::count_for(hit.service, Counter::Refused);
-            refuse(reason)
+            send_to::<F>(ctx, &request, hit, &backend.addr, backend.port)
         }
     }
 }
 
 #[inline(always)]
-fn send_to<F: Family>(ctx: &SockAddrContext, hit: Hit, addr: &Addr, port: Be16) -> i32 {
+fn send_to<F: Family>(
+    ctx: &SockAddrContext,
+    request: &Request,
+    hit: Hit,
+    addr: &Addr,
+    port: Be16,
+) -> End {
     rewrite::<F>(ctx, addr, port);
     maps::count_for(hit.service, Counter::Datagrams);
-    pass(Reason::Sent)
+    log::translated(request, addr, port);
+    go_on(Reason::Sent)
 }
 
 #[inline(always)]
@@ -353,8 +382,14 @@ fn remember(ctx: &SockAddrContext, socket: &mut Socket, request: &Request, backe
 /// `recvfrom()` and `recvmsg()` that ask for the sender: UDP only.
 #[inline(always)]
 pub fn recvmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
+    maps::count(show_sender::<F>(ctx));
+    PROCEED
+}
+
+#[inline(always)]
+fn show_sender<F: Family>(ctx: &SockAddrContext) -> Reason {
     let Some(socket) = maps::socket(ctx) else {
-        return pass(Reason::ReplyUntouched);
+        return Reason::ReplyUntouched;
     };
     let (addr, port) = (F::addr(ctx), port(ctx));
     let is_full = socket.is_full();
@@ -364,23 +399,25 @@ pub fn recvmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
             .filter(|peer| peer.is_from(&addr, port));
     }
     let Some(peer) = sender else {
-        return pass(Reason::ReplyUntouched);
+        return Reason::ReplyUntouched;
     };
     // SAFETY: a helper without preconditions.
     peer.last_used_ns = unsafe { bpf_ktime_get_ns() };
     rewrite::<F>(ctx, &peer.vip, peer.vip_port);
-    pass(Reason::ReplyTranslated)
+    Reason::ReplyTranslated
 }
 
 /// `getpeername()`.
 #[inline(always)]
 pub fn getpeername<F: Family>(ctx: &SockAddrContext) -> i32 {
     let socket = maps::socket(ctx);
-    match socket.and_then(|socket| socket.connected_to(&F::addr(ctx), port(ctx))) {
+    let reason = match socket.and_then(|socket| socket.connected_to(&F::addr(ctx), port(ctx))) {
         Some(peer) => {
             rewrite::<F>(ctx, &peer.vip, peer.vip_port);
-            pass(Reason::PeerNameTranslated)
+            Reason::PeerNameTranslated
         }
-        None => pass(Reason::ReplyUntouched),
-    }
+        None => Reason::ReplyUntouched,
+    };
+    maps::count(reason);
+    PROCEED
 }

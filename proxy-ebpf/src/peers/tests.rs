@@ -1,0 +1,169 @@
+use super::*;
+use crate::{
+    abi::{MemberWord, kind},
+    lb::tests::{Fake, addr, to},
+};
+
+const SECOND_NS: u64 = 1_000_000_000;
+const HIT: Hit = Hit {
+    service: 1,
+    kind: kind::CLUSTER_IP,
+};
+
+fn udp(vip: &str, seconds: u64) -> Request {
+    let request = to(vip, 53);
+    Request {
+        protocol: UDP,
+        now_ns: request.now_ns + seconds * SECOND_NS,
+        ..request
+    }
+}
+
+fn backend(fake: &Fake, member: u32) -> Backend {
+    let found = fake.members[&member];
+    Backend {
+        addr: found.addr,
+        port: found.port,
+        service: 1,
+        member,
+        generation: found.word.generation(),
+    }
+}
+
+fn send(socket: &mut Socket, request: &Request, backend: &Backend) {
+    let place = socket.place(request).expect("room");
+    place.record(request, backend, peer_flags::USED);
+}
+
+fn kill(fake: &mut Fake, member: u32) {
+    let word = &mut fake.members.get_mut(&member).unwrap().word;
+    *word = MemberWord::new(word.generation() + 1, 0);
+}
+
+#[test]
+fn a_choice_is_kept_until_it_is_idle_or_dead_or_its_frontend_moves() {
+    let mut fake = Fake::of_members(1);
+    let mut socket = Socket::default();
+    send(&mut socket, &udp("10.96.0.1", 0), &backend(&fake, 0));
+    let stands = |socket: &mut Socket, fake: &Fake, request: &Request, hit: Hit| {
+        socket.choice(fake, request, hit).is_some()
+    };
+    assert!(stands(&mut socket, &fake, &udp("10.96.0.1", 120), HIT));
+    assert!(!stands(&mut socket, &fake, &udp("10.96.0.1", 121), HIT));
+    assert!(!stands(&mut socket, &fake, &udp("10.96.0.2", 0), HIT));
+    let moved = Hit { service: 2, ..HIT };
+    assert!(!stands(&mut socket, &fake, &udp("10.96.0.1", 0), moved));
+    kill(&mut fake, 0);
+    assert!(!stands(&mut socket, &fake, &udp("10.96.0.1", 0), HIT));
+}
+
+#[test]
+fn replies_of_a_replaced_backend_still_show_the_vip() {
+    let mut fake = Fake::of_members(2);
+    let mut socket = Socket::default();
+    let (old, new) = (backend(&fake, 0), backend(&fake, 1));
+    send(&mut socket, &udp("10.96.0.1", 0), &old);
+    kill(&mut fake, 0);
+    send(&mut socket, &udp("10.96.0.1", 1), &new);
+    for from in [old, new] {
+        let peer = socket.sender(&from.addr, from.port).unwrap();
+        assert_eq!(peer.vip, addr("10.96.0.1"));
+    }
+    let request = udp("10.96.0.1", 2);
+    assert_eq!(socket.choice(&fake, &request, HIT).unwrap().member, 1);
+}
+
+#[test]
+fn a_reply_belongs_to_the_frontend_that_was_used_last() {
+    let fake = Fake::of_members(1);
+    let mut socket = Socket::default();
+    let only = backend(&fake, 0);
+    send(&mut socket, &udp("10.96.0.1", 0), &only);
+    send(&mut socket, &udp("10.96.0.2", 1), &only);
+    let sender = |socket: &mut Socket| socket.sender(&only.addr, only.port).unwrap().vip;
+    assert_eq!(sender(&mut socket), addr("10.96.0.2"));
+    socket
+        .choice(&fake, &udp("10.96.0.1", 2), HIT)
+        .unwrap()
+        .last_used_ns += 2 * SECOND_NS;
+    assert_eq!(sender(&mut socket), addr("10.96.0.1"));
+    assert_eq!(socket.sender(&only.addr, Be16::new(1)), None);
+}
+
+#[test]
+fn a_full_socket_gives_up_idle_entries_and_its_own_old_choices_only() {
+    let fake = Fake::of_members(5);
+    let mut socket = Socket::default();
+    for (seconds, vip) in ["10.96.0.1", "10.96.0.2", "10.96.0.3", "10.96.0.4"]
+        .iter()
+        .enumerate()
+    {
+        assert!(!socket.is_full());
+        let member = u32::try_from(seconds).unwrap();
+        let request = udp(vip, seconds as u64);
+        send(&mut socket, &request, &backend(&fake, member));
+    }
+    assert!(socket.is_full());
+    assert_eq!(socket.place(&udp("10.96.0.5", 4)), None);
+    let own = socket.place(&udp("10.96.0.3", 4)).unwrap();
+    assert_eq!(own.vip, addr("10.96.0.3"));
+    let idle = socket.place(&udp("10.96.0.5", 122)).unwrap();
+    assert_eq!(idle.vip, addr("10.96.0.1"));
+}
+
+#[test]
+fn connecting_forgets_the_rest_and_is_not_overwritten_by_sending() {
+    let fake = Fake::of_members(5);
+    let mut socket = Socket::default();
+    for (seconds, vip) in ["10.96.0.1", "10.96.0.2", "10.96.0.3", "10.96.0.4"]
+        .iter()
+        .enumerate()
+    {
+        send(&mut socket, &udp(vip, seconds as u64), &backend(&fake, 0));
+    }
+    let connected = backend(&fake, 4);
+    socket.connect(&udp("10.96.0.9", 5), &connected);
+    assert_eq!(socket.netns_cookie, udp("10.96.0.9", 5).netns_cookie);
+    assert!(socket.peers[1..].iter().all(|peer| peer.flags == 0));
+    let peer = *socket
+        .connected_to(&connected.addr, connected.port)
+        .unwrap();
+    assert_eq!((peer.vip, peer.member), (addr("10.96.0.9"), 4));
+    // A connected choice does not grow old: answers of another backend would be dropped.
+    let much_later = udp("10.96.0.9", 9_999);
+    assert!(socket.choice(&fake, &much_later, HIT).is_some());
+    for vip in ["10.96.0.1", "10.96.0.2", "10.96.0.3"] {
+        send(&mut socket, &udp(vip, 9_999), &backend(&fake, 0));
+    }
+    assert_eq!(socket.place(&udp("10.96.0.4", 9_999)), None);
+    assert_eq!(socket.peers[0], peer);
+}
+
+#[test]
+fn a_disconnected_socket_is_not_taken_for_connected() {
+    let fake = Fake::of_members(2);
+    let mut socket = Socket::default();
+    let chosen = backend(&fake, 0);
+    socket.connect(&udp("10.96.0.1", 0), &chosen);
+    let unspecified = Addr::UNSPECIFIED_V4;
+    assert_eq!(socket.connected_to(&unspecified, Be16(0)), None);
+    assert_eq!(socket.connected_to(&chosen.addr, Be16::new(1)), None);
+    let mut sent = Socket::default();
+    send(&mut sent, &udp("10.96.0.1", 0), &chosen);
+    assert_eq!(sent.connected_to(&chosen.addr, chosen.port), None);
+}
+
+#[test]
+fn only_connected_datagram_sockets_of_gone_backends_are_dead() {
+    let mut fake = Fake::of_members(1);
+    let chosen = backend(&fake, 0);
+    let (mut connected, mut sent, mut stream) =
+        (Socket::default(), Socket::default(), Socket::default());
+    connected.connect(&udp("10.96.0.1", 0), &chosen);
+    send(&mut sent, &udp("10.96.0.1", 0), &chosen);
+    stream.connect(&to("10.96.0.1", 80), &chosen);
+    let dead = |fake: &Fake| [connected, sent, stream].map(|socket| socket.peers[0].is_dead(fake));
+    assert_eq!(dead(&fake), [false; 3]);
+    kill(&mut fake, 0);
+    assert_eq!(dead(&fake), [true, false, false]);
+}
