@@ -50,6 +50,13 @@ pub trait Backend {
         plan: &Plan<Self::Key, Self::Value>,
         state: &DesiredState,
     ) -> Result<(), Error>;
+
+    /// Puts what was applied in force: called after the first apply that went in whole since the start or an error, even
+    /// one of an empty plan.
+    ///
+    /// # Errors
+    /// What stopped it; it is called again after the next apply.
+    fn publish(&mut self) -> Result<(), Error>;
 }
 
 /// Why a backend could not read or change the kernel's state.

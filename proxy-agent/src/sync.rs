@@ -6,7 +6,7 @@
 //! part of what it should hold.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,8 +16,9 @@ use tokio::sync::watch;
 use crate::{
     backends::{Backend, Error},
     metrics::Metrics,
+    model::Dirty,
     plan::{Plan, diff},
-    state::{DesiredState, ServiceName},
+    state::DesiredState,
 };
 
 mod inbox;
@@ -62,22 +63,16 @@ pub struct Layer<B: Backend> {
     backend: B,
     /// What the kernel holds; none when it has to be read.
     observed: Option<BTreeMap<B::Key, B::Value>>,
-    /// The hooks are known to serve from these maps.
-    has_applied: bool,
+    /// The hooks are known to serve what was applied.
+    is_published: bool,
     /// Changed since the start while a source was incomplete: only these may differ from what was found.
-    touched: Touched,
+    touched: Dirty,
     /// Taken from the inbox, not yet in the kernel.
     changes: i64,
     failures: u32,
     audit_at: Instant,
     status: watch::Sender<SyncStatus>,
     metrics: Arc<Metrics>,
-}
-
-#[derive(Debug, Default)]
-struct Touched {
-    services: BTreeSet<ServiceName>,
-    addresses: bool,
 }
 
 /// When the next turn is due.
@@ -96,8 +91,8 @@ impl<B: Backend> Layer<B> {
             name,
             backend,
             observed: None,
-            has_applied: false,
-            touched: Touched::default(),
+            is_published: false,
+            touched: Dirty::default(),
             changes: 0,
             failures: 0,
             audit_at: now + AUDIT_EVERY,
@@ -186,13 +181,8 @@ impl<B: Backend> Layer<B> {
     /// While a part of the sources is missing, what it would have said is unknown: everything that was found in the
     /// kernel stays as it is, unless a change has been seen since.
     fn touch(&mut self, scope: &Scope) {
-        if let Scope::Part {
-            services,
-            addresses,
-        } = scope
-        {
-            self.touched.services.extend(services.iter().cloned());
-            self.touched.addresses |= addresses;
+        if let Scope::Part(dirty) = scope {
+            self.touched.merge(dirty.clone());
         }
     }
 
@@ -224,18 +214,18 @@ impl<B: Backend> Layer<B> {
         let desired = self.backend.render(&state);
         let mut plan = match &scope {
             Scope::All => diff(observed, &desired),
-            Scope::Part {
+            Scope::Part(Dirty {
                 services,
                 addresses,
-            } => diff(
+            }) => diff(
                 &self.backend.in_scope(observed, services, *addresses),
                 &desired,
             ),
         };
         if complete {
-            self.touched = Touched::default();
+            self.touched = Dirty::default();
         } else {
-            let Touched {
+            let Dirty {
                 services,
                 addresses,
             } = &self.touched;
@@ -244,17 +234,16 @@ impl<B: Backend> Layer<B> {
             plan.upserts
                 .retain(|(key, _)| free.contains_key(key) || !observed.contains_key(key));
         }
-        // The first apply attaches the hooks, even where nothing has to be written.
-        if self.has_applied && plan.is_empty() {
+        if self.is_published && plan.is_empty() {
             return Ok(0);
         }
-        if let Err(error) = self.backend.apply(&plan, &state) {
-            self.observed = None;
-            return Err(error);
-        }
-        self.has_applied = true;
+        self.backend.apply(&plan, &state)?;
         let changes = plan.len();
         record(observed, plan);
+        if !self.is_published {
+            self.backend.publish()?;
+            self.is_published = true;
+        }
         Ok(changes)
     }
 
@@ -288,6 +277,7 @@ impl<B: Backend> Layer<B> {
 
     fn failed(&mut self, now: Instant, error: &Error) -> Due {
         self.observed = None;
+        self.is_published = false;
         self.metrics.sync_errors.inc();
         let wait = retry_after(self.failures);
         self.failures += 1;

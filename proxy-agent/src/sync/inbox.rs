@@ -1,14 +1,13 @@
 //! Where changes wait for their layer.
 
 use std::{
-    collections::BTreeSet,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
 use prometheus_client::metrics::gauge::Gauge;
 
-use crate::state::ServiceName;
+use crate::model::Dirty;
 
 /// What has to be compiled and compared.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,20 +15,12 @@ pub enum Scope {
     /// Everything.
     All,
     /// What changed.
-    Part {
-        /// These Services.
-        services: BTreeSet<ServiceName>,
-        /// The node's addresses.
-        addresses: bool,
-    },
+    Part(Dirty),
 }
 
 impl Default for Scope {
     fn default() -> Self {
-        Self::Part {
-            services: BTreeSet::new(),
-            addresses: false,
-        }
+        Self::Part(Dirty::default())
     }
 }
 
@@ -38,10 +29,7 @@ impl Scope {
     pub fn is_empty(&self) -> bool {
         match self {
             Self::All => false,
-            Self::Part {
-                services,
-                addresses,
-            } => services.is_empty() && !addresses,
+            Self::Part(dirty) => dirty.is_empty(),
         }
     }
 
@@ -50,19 +38,7 @@ impl Scope {
         match (&mut *self, other) {
             (Self::All, _) => {}
             (_, Self::All) => *self = Self::All,
-            (
-                Self::Part {
-                    services,
-                    addresses,
-                },
-                Self::Part {
-                    services: more,
-                    addresses: also,
-                },
-            ) => {
-                services.extend(more);
-                *addresses |= also;
-            }
+            (Self::Part(dirty), Self::Part(more)) => dirty.merge(more),
         }
     }
 }
@@ -190,12 +166,13 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::state::ServiceName;
 
     fn part(name: &str) -> Scope {
-        Scope::Part {
+        Scope::Part(Dirty {
             services: [ServiceName::new("default", name)].into(),
             addresses: false,
-        }
+        })
     }
 
     #[test]
@@ -214,10 +191,10 @@ mod tests {
         inbox.push(part("a"));
         inbox.push(part("b"));
         let turn = inbox.wait(None, now + Duration::from_secs(60));
-        let Scope::Part {
+        let Scope::Part(Dirty {
             services,
             addresses: false,
-        } = turn.scope
+        }) = turn.scope
         else {
             panic!("{:?}", turn.scope);
         };

@@ -1,9 +1,11 @@
-use std::sync::Mutex;
+use std::{collections::BTreeSet, sync::Mutex};
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::{Family, NodeAddress, Protocol, ServicePort, ServiceState, TrafficPolicy};
+use crate::state::{
+    Family, NodeAddress, Protocol, ServiceName, ServicePort, ServiceState, TrafficPolicy,
+};
 
 /// A kernel of service ports and their affinity that fails as told.
 #[derive(Clone, Debug, Default)]
@@ -15,6 +17,7 @@ struct Held {
     /// Each operation takes one; `true` fails.
     faults: Vec<bool>,
     applies: usize,
+    publications: usize,
 }
 
 impl Held {
@@ -88,6 +91,13 @@ impl Backend for Kernel {
         }
         Ok(())
     }
+
+    fn publish(&mut self) -> Result<(), Error> {
+        let mut held = self.0.lock().unwrap();
+        held.step()?;
+        held.publications += 1;
+        Ok(())
+    }
 }
 
 /// What the sources say: affinity by Service, and whether the node has an address.
@@ -101,11 +111,11 @@ impl World {
     fn compile(&self, scope: &Scope) -> Compiled {
         let is_in = |name: &ServiceName| match scope {
             Scope::All => true,
-            Scope::Part { services, .. } => services.contains(name),
+            Scope::Part(dirty) => dirty.services.contains(name),
         };
         let with_addresses = match scope {
             Scope::All => true,
-            Scope::Part { addresses, .. } => *addresses,
+            Scope::Part(dirty) => dirty.addresses,
         };
         let services = self
             .services
@@ -166,10 +176,10 @@ fn world(services: &[(&str, u32)]) -> World {
 }
 
 fn part(services: &[&str]) -> Scope {
-    Scope::Part {
+    Scope::Part(Dirty {
         services: services.iter().map(|service| name(service)).collect(),
         addresses: false,
-    }
+    })
 }
 
 fn turn(scope: Scope, complete: bool) -> Turn {
@@ -237,9 +247,10 @@ fn the_first_sync_brings_the_kernel_level_and_attaches_even_without_changes() {
     let status = bench.status();
     assert!(status.is_synced && status.generation == 0 && status.entries == 1);
     bench.turn(&same, turn(part(&["a"]), true));
+    let held = bench.kernel.0.lock().unwrap();
     assert_eq!(
-        bench.kernel.0.lock().unwrap().applies,
-        1,
+        (held.applies, held.publications),
+        (1, 1),
         "nothing changed, nothing applied"
     );
 }
@@ -354,7 +365,7 @@ proptest! {
                 }
                 Step::Address(has) => {
                     world.has_address = has;
-                    scope.merge(Scope::Part { services: BTreeSet::new(), addresses: true });
+                    scope.merge(Scope::Part(Dirty { services: BTreeSet::new(), addresses: true }));
                 }
                 Step::Restart => {
                     bench.layer = Layer::new("test", bench.kernel.clone(), Arc::default(), bench.now);
