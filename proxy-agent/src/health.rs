@@ -1,1 +1,235 @@
-//! To be written.
+//! What the agent says of itself over HTTP: readiness, liveness, metrics, mode.
+
+use std::{
+    fmt::Write as _,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{HeaderName, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use tokio::{net::TcpListener, sync::watch};
+
+use crate::{
+    metrics::{Kernel, Metrics},
+    sync::SyncStatus,
+};
+
+/// How often a taken port is tried again: kube-proxy's interval (cmd/kube-proxy/app/server.go, v1.36).
+const BIND_RETRY: Duration = Duration::from_secs(5);
+/// A layer that has failed for longer than this is not alive: kube-proxy's 2 × syncPeriod.
+const STUCK_AFTER: Duration = Duration::from_secs(60);
+
+/// Result of the self-test of a layer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SelfTest {
+    /// Not run yet.
+    #[default]
+    Pending,
+    /// A connection to the canary address was translated.
+    Passed,
+    /// It was not; says why.
+    Failed(String),
+}
+
+/// What health is judged by.
+#[derive(Clone, Debug)]
+pub struct Health {
+    /// The layer's loop.
+    pub status: watch::Receiver<SyncStatus>,
+    /// Its self-test.
+    pub self_test: watch::Receiver<SelfTest>,
+    /// Start of the agent.
+    pub started: Instant,
+}
+
+impl Health {
+    /// Why this node should not get traffic yet; none when ready.
+    pub fn unready(&self) -> Option<String> {
+        let status = self.status.borrow();
+        if !status.is_synced {
+            let why = status.last_error.as_deref();
+            return Some(format!(
+                "no complete sync yet: {}",
+                why.unwrap_or("waiting for the sources")
+            ));
+        }
+        match &*self.self_test.borrow() {
+            SelfTest::Passed => None,
+            SelfTest::Pending => Some("the self-test has not run yet".to_owned()),
+            SelfTest::Failed(why) => Some(format!("the self-test failed: {why}")),
+        }
+    }
+
+    /// Why the agent should be restarted; none when it is alive.
+    pub fn stuck(&self, now: Instant) -> Option<String> {
+        let status = self.status.borrow();
+        let error = status.last_error.as_deref()?;
+        let since = status.last_success.unwrap_or(self.started);
+        let age = now.saturating_duration_since(since);
+        (age > STUCK_AFTER).then(|| format!("no sync for {} s: {error}", age.as_secs()))
+    }
+}
+
+/// `/readyz`, `/livez`, `/healthz`.
+pub fn health_router(health: Health) -> Router {
+    let alive = |State(health): State<Health>| async move { answer(health.stuck(Instant::now())) };
+    Router::new()
+        .route(
+            "/readyz",
+            get(|State(health): State<Health>| async move { answer(health.unready()) }),
+        )
+        .route("/livez", get(alive))
+        .route("/healthz", get(alive))
+        .with_state(health)
+}
+
+fn answer(trouble: Option<String>) -> Response {
+    // As kube-proxy: nobody shall guess a type from the body.
+    let headers = [(header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    match trouble {
+        None => (StatusCode::OK, headers, "ok\n".to_owned()),
+        Some(mut why) => {
+            let _ = writeln!(why);
+            (StatusCode::SERVICE_UNAVAILABLE, headers, why)
+        }
+    }
+    .into_response()
+}
+
+/// What the metrics server answers from.
+#[derive(Clone)]
+pub struct Metering {
+    /// Everything that is counted here.
+    pub metrics: Arc<Metrics>,
+    /// Reads what is counted in the kernel, at each scrape.
+    pub kernel: Arc<dyn Fn() -> Option<Kernel> + Send + Sync>,
+    /// Answer of `/proxyMode`.
+    pub mode: &'static str,
+    /// Answer of `/configz`.
+    pub config: Arc<serde_json::Value>,
+}
+
+/// `/metrics`, `/proxyMode`, `/configz`, `/healthz`.
+pub fn metrics_router(metering: Metering) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/proxyMode", get(proxy_mode))
+        .route("/configz", get(configz))
+        .route("/healthz", get(async || "ok"))
+        .with_state(metering)
+}
+
+async fn metrics(State(metering): State<Metering>) -> Response {
+    if let Some(kernel) = (metering.kernel)() {
+        metering.metrics.update(&kernel);
+    }
+    let text = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, text)], metering.metrics.text()).into_response()
+}
+
+/// The header tells ours from another proxy's answer.
+async fn proxy_mode(State(metering): State<Metering>) -> Response {
+    let ours = (
+        HeaderName::from_static("x-proxy-agent"),
+        env!("CARGO_PKG_VERSION"),
+    );
+    ([ours], metering.mode).into_response()
+}
+
+async fn configz(State(metering): State<Metering>) -> Response {
+    let json = (header::CONTENT_TYPE, "application/json");
+    ([json], metering.config.to_string()).into_response()
+}
+
+/// Serves `router` for ever. A port that cannot be had is no reason to stop serving the node: it is tried again.
+pub async fn serve(name: &'static str, address: SocketAddr, router: Router) {
+    let mut told = false;
+    loop {
+        let error = match TcpListener::bind(address).await {
+            Ok(listener) => {
+                tracing::info!(server = name, %address, "serving");
+                match axum::serve(listener, router.clone()).await {
+                    Ok(()) => return,
+                    Err(error) => error,
+                }
+            }
+            Err(error) => error,
+        };
+        if !told {
+            told = true;
+            tracing::error!(server = name, %address, %error, retry = ?BIND_RETRY, "cannot serve: is another proxy or agent on this port?");
+        }
+        tokio::time::sleep(BIND_RETRY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn health(status: SyncStatus, self_test: SelfTest, started: Instant) -> Health {
+        let (_, status) = watch::channel(status);
+        let (_, self_test) = watch::channel(self_test);
+        Health {
+            status,
+            self_test,
+            started,
+        }
+    }
+
+    #[test]
+    fn a_node_is_ready_after_its_first_complete_sync_and_a_passed_self_test() {
+        let now = Instant::now();
+        let synced = SyncStatus {
+            is_synced: true,
+            ..SyncStatus::default()
+        };
+        let failed = SelfTest::Failed("not translated".to_owned());
+        for (status, test, expected) in [
+            (
+                SyncStatus::default(),
+                SelfTest::Passed,
+                Some("no complete sync yet: waiting for the sources"),
+            ),
+            (
+                synced.clone(),
+                SelfTest::Pending,
+                Some("the self-test has not run yet"),
+            ),
+            (
+                synced.clone(),
+                failed,
+                Some("the self-test failed: not translated"),
+            ),
+            (synced, SelfTest::Passed, None),
+        ] {
+            assert_eq!(health(status, test, now).unready().as_deref(), expected);
+        }
+    }
+
+    #[test]
+    fn a_layer_that_fails_for_a_minute_is_not_alive() {
+        let now = Instant::now();
+        let failing = |last_success| SyncStatus {
+            last_error: Some("no memory".to_owned()),
+            last_success,
+            ..SyncStatus::default()
+        };
+        let stuck = |status, started| health(status, SelfTest::Passed, started).stuck(now);
+        let long_ago = now.checked_sub(Duration::from_secs(61)).unwrap();
+        assert_eq!(stuck(SyncStatus::default(), long_ago), None);
+        assert_eq!(stuck(failing(Some(now)), long_ago), None);
+        assert_eq!(stuck(failing(None), now), None);
+        assert_eq!(
+            stuck(failing(None), long_ago).as_deref(),
+            Some("no sync for 61 s: no memory")
+        );
+    }
+}

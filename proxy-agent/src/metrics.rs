@@ -20,7 +20,7 @@ use proxy_ebpf::abi::Reason;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct MapLabel {
     /// Name of the map.
-    pub map: &'static str,
+    pub map: String,
 }
 
 /// Label of a reason.
@@ -95,8 +95,8 @@ metrics! {
 /// What the kernel holds and has counted.
 #[derive(Clone, Debug, Default)]
 pub struct Kernel {
-    /// Name, entries in use, capacity.
-    pub maps: Vec<(&'static str, u64, u64)>,
+    /// Name, entries in use where that can be told, capacity.
+    pub maps: Vec<(String, Option<u64>, u64)>,
     /// Every exit of every program.
     pub reasons: Vec<(Reason, u64)>,
 }
@@ -104,14 +104,15 @@ pub struct Kernel {
 impl Metrics {
     /// Takes over what was read from the kernel.
     pub fn update(&self, kernel: &Kernel) {
-        for &(map, entries, capacity) in &kernel.maps {
+        for (map, entries, capacity) in &kernel.maps {
             let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
-            self.map_entries
-                .get_or_create(&MapLabel { map })
-                .set(gauge(entries));
+            let label = MapLabel { map: map.clone() };
+            if let Some(entries) = entries {
+                self.map_entries.get_or_create(&label).set(gauge(*entries));
+            }
             self.map_capacity
-                .get_or_create(&MapLabel { map })
-                .set(gauge(capacity));
+                .get_or_create(&label)
+                .set(gauge(*capacity));
         }
         for &(reason, count) in &kernel.reasons {
             let label = ReasonLabel {
@@ -184,7 +185,7 @@ mod tests {
     fn the_text_has_the_documented_names_and_the_kernels_counts() {
         let metrics = Metrics::default();
         metrics.update(&Kernel {
-            maps: vec![("frontends", 3, 1024)],
+            maps: vec![("frontends".to_owned(), Some(3), 1024)],
             reasons: vec![
                 (Reason::Connected, 7),
                 (Reason::NoEndpoints, 2),
