@@ -1,0 +1,97 @@
+//! From pinned maps to [`Contents`].
+
+use std::collections::BTreeMap;
+
+use proxy_ebpf::{
+    abi::{MemberWord, SetWord, Slot},
+    lb::Tables as _,
+};
+
+use super::contents::{Contents, Entry, MapUse};
+use crate::backends::{Error, ebpf::view::PinnedMaps};
+
+/// Fresh readings of a set that changes under us: as often as the programs do.
+const ATTEMPTS: u32 = 4;
+
+/// Reads everything but sockets, which only an iterator program can list.
+///
+/// # Errors
+/// The kernel could not be read.
+pub fn read(maps: &PinnedMaps) -> Result<Contents, Error> {
+    let mut contents = Contents {
+        meta: maps.meta(),
+        frontends: maps.frontends()?.into_iter().collect(),
+        vips: maps.vips()?.into_iter().collect(),
+        addresses: maps.addresses()?.into_iter().collect(),
+        affinity: maps.affinity_entries()?.into_iter().collect(),
+        reasons: maps.reasons()?,
+        maps: map_uses(maps)?,
+        services: BTreeMap::new(),
+        slots: BTreeMap::new(),
+        members: BTreeMap::new(),
+        sockets: Vec::new(),
+    };
+    let capacity = maps.capacity();
+    for index in 0..capacity.members {
+        if let Some(member) = maps.member(index)
+            && member.word.bits() & MemberWord::SERVING != 0
+        {
+            contents.members.insert(index, member);
+        }
+    }
+    for index in 0..capacity.services {
+        let (Some(mut service), Some(name), Some(stats)) =
+            (maps.service(index), maps.name(index), maps.stats(index))
+        else {
+            continue;
+        };
+        if service.used == 0 || name.len == 0 {
+            continue;
+        }
+        for _ in 0..ATTEMPTS {
+            let cluster = slots(maps, service.cluster);
+            let local = slots(maps, service.local);
+            if let (Some(cluster), Some(local)) = (cluster, local) {
+                contents.slots.extend(cluster);
+                contents.slots.extend(local);
+                break;
+            }
+            service = maps.service(index).unwrap_or(service);
+        }
+        contents.services.insert(
+            index,
+            Entry {
+                service,
+                name,
+                stats,
+            },
+        );
+    }
+    Ok(contents)
+}
+
+/// The slots of a set; none when the set has moved on.
+fn slots(maps: &PinnedMaps, word: SetWord) -> Option<BTreeMap<u32, Slot>> {
+    (word.base()..word.base().saturating_add(word.count()))
+        .map(|index| {
+            let slot = maps.slot(index)?;
+            (slot.generation == word.generation()).then_some((index, slot))
+        })
+        .collect()
+}
+
+/// Entries and capacity of every map.
+///
+/// # Errors
+/// The kernel could not be read.
+pub fn map_uses(maps: &PinnedMaps) -> Result<Vec<MapUse>, Error> {
+    let summaries = maps.maps()?.into_iter();
+    Ok(summaries
+        .map(|map| MapUse {
+            map: map.name,
+            entries: map.entries.map(u64::from),
+            capacity: u64::from(map.capacity),
+            bytes: map.bytes,
+        })
+        .collect())
+}
