@@ -1,4 +1,5 @@
 //! The benches: both sides in one run, the ratio and its interval, a JSON report, and exit code 2 for a missed target.
 
 pub mod cluster;
+pub mod connect;
 pub mod report;

@@ -61,8 +61,8 @@ impl Cluster {
         objects
     }
 
-    /// The same as one Kubernetes `List` in JSON, with `backend` as the only endpoint of the first Service.
-    pub fn manifest(self, backend: Ipv4Addr) -> Value {
+    /// As many Services as one Kubernetes `List` in JSON; the only endpoint of each is `backend`.
+    pub fn manifest_to(self, backend: Ipv4Addr) -> Value {
         let mut items = Vec::new();
         for service in 0..self.services {
             let name = format!("service-{service}");
@@ -74,13 +74,7 @@ impl Cluster {
                     "ports": [{"name": "http", "port": PORT, "protocol": "TCP"}],
                 },
             }));
-            let addresses: Vec<_> = match service {
-                0 => vec![backend],
-                _ => (0..self.endpoints)
-                    .map(|n| Self::endpoint(service, n))
-                    .collect(),
-            };
-            items.push(slice_manifest(&name, &addresses));
+            items.push(slice_manifest(&name, &[backend]));
         }
         json!({"apiVersion": "v1", "kind": "List", "items": items})
     }

@@ -1,0 +1,40 @@
+//! `cargo xtask bench NAME`: both sides of a comparison in one run. Exit code 2 when a target is missed.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    process::ExitCode,
+};
+
+use clap::Parser;
+use proxy_tests::bench::connect;
+
+/// Benches of proxy-agent.
+#[derive(Debug, Parser)]
+enum Bench {
+    /// Connections through a ClusterIP against the pod directly.
+    Connect,
+    /// The server process of `connect`.
+    #[command(hide = true)]
+    ConnectServer { address: SocketAddr },
+    /// The client process of `connect`.
+    #[command(hide = true)]
+    ConnectClient { server: Ipv4Addr, services: u32 },
+}
+
+fn main() -> ExitCode {
+    let met = match Bench::parse() {
+        Bench::Connect => connect::run(),
+        Bench::ConnectServer { address } => connect::serve(address).map(|()| true),
+        Bench::ConnectClient { server, services } => {
+            connect::client(server, services).map(|()| true)
+        }
+    };
+    match met {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(2),
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
