@@ -1,7 +1,9 @@
 //! Building, demonstrating, testing and measuring proxy-agent: one command each (`cargo xtask --help`).
 
+mod arch;
 mod build;
 mod layers;
+mod lint;
 mod needs;
 mod process;
 mod remedy;
@@ -61,6 +63,10 @@ enum Task {
     },
     /// Rewrite what the golden tests expect: review the difference.
     Bless,
+    /// Type-check the workspace for aarch64.
+    CheckArch,
+    /// Check format, lints (as errors), layers and dependencies.
+    Lint,
     /// Check who uses whom, against xtask/layers.toml.
     Layers,
 }
@@ -74,6 +80,8 @@ fn main() -> ExitCode {
         Task::Demo { keep } => test::demo(&workspace, keep),
         Task::Bench { name } => test::bench(&workspace, &name),
         Task::Bless => test::bless(&workspace),
+        Task::CheckArch => arch::check(&workspace),
+        Task::Lint => lint::run(&workspace),
         Task::Layers => layers::check(&workspace),
     };
     match done {

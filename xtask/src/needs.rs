@@ -3,6 +3,7 @@
 use std::{fs, path::Path};
 
 use crate::{
+    arch,
     process::{self, Workspace},
     toolchain::Toolchain,
 };
@@ -16,8 +17,10 @@ pub enum Purpose {
     Kernel,
     /// The real servers and clients of the demo and of the scenarios.
     Scenarios,
-    /// `.ci/run` only.
-    Ci,
+    /// Judging the code without running it.
+    Lint,
+    /// Type-checking for another processor.
+    Arch,
 }
 
 /// One thing that a machine must have.
@@ -39,6 +42,8 @@ pub struct Need {
 enum Probe {
     /// A compiler of [`Toolchain::detect`].
     Compiler,
+    /// A standard library for [`arch::OTHER`].
+    Library,
     /// A program that answers `--version`.
     Version,
     /// A program in PATH.
@@ -54,6 +59,8 @@ pub enum Source {
     Compiler,
     /// Built from its source against LLVM's packages, or its published binary.
     Linker,
+    /// Debian's package of the source, or rustup.
+    Library,
     /// This Debian package.
     Package(&'static str),
     /// A line for the shell, of root.
@@ -137,10 +144,17 @@ pub const NEEDS: &[Need] = &[
     program("curl", "is the HTTP client", "curl"),
     program("dig", "is the DNS client", "bind9-dnsutils"),
     program("dnsmasq", "is the DNS server", "dnsmasq-base"),
-    program("nginx", "is the HTTP server", "nginx-light"),
+    program("busybox", "is the HTTP server", "busybox"),
+    Need {
+        name: "library source",
+        purpose: Purpose::Arch,
+        why: "makes the standard library to type-check for aarch64",
+        probe: Probe::Library,
+        source: Source::Library,
+    },
     Need {
         name: "cargo-deny",
-        purpose: Purpose::Ci,
+        purpose: Purpose::Lint,
         why: "checks the dependencies' licences and sources",
         probe: Probe::Version,
         source: Source::Shell("cargo install cargo-deny --version 0.20.2 --locked"),
@@ -164,6 +178,7 @@ impl Need {
             Probe::Compiler => Toolchain::detect(workspace)
                 .map(|found| found.to_string())
                 .map_err(|e| e.to_string()),
+            Probe::Library => arch::library(workspace),
             Probe::Version => process::answer(workspace.command(self.name).arg("--version"))
                 .map(|version| version.trim().to_owned())
                 .ok_or_else(|| "not in PATH, or it does not start".into()),

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Context, Result, bail};
 
 use crate::{
+    arch,
     needs::{NEEDS, Need, Purpose, Source},
     process::{self, Workspace},
 };
@@ -65,9 +66,9 @@ pub fn check(workspace: &Workspace, fix: bool) -> Result<()> {
     let mut missing = Vec::new();
     for need in NEEDS {
         match need.probe(workspace) {
-            Ok(found) => println!("ok       {:13} {found}", need.name),
+            Ok(found) => println!("ok       {:14} {found}", need.name),
             Err(wrong) => {
-                println!("MISSING  {:13} {wrong}; it {}", need.name, need.why);
+                println!("MISSING  {:14} {wrong}; it {}", need.name, need.why);
                 missing.push(need);
             }
         }
@@ -202,6 +203,11 @@ fn plan(missing: &[&Need], offers: &Offers) -> Plan {
                 "put bpf-linker's published binary into PATH (https://github.com/aya-rs/bpf-linker/releases), or run: \
                  cargo install cargo-binstall && {LINKER_BINARY}"
             )),
+            Source::Library if offers.compiler => packages.push("rust-web-src"),
+            Source::Library => {
+                let line = format!("rustup target add {}-unknown-linux-gnu", arch::OTHER);
+                later.push(Step { line, root: false });
+            }
             Source::Package(package) if offers.apt => packages.push(package),
             Source::Package(package) => {
                 plan.advice.push(format!("install {} (Debian's package is called {package})", need.name));
