@@ -270,6 +270,17 @@ impl Agent {
         )
     }
 
+    /// Lets the process go on after this value is gone.
+    pub fn leave(&mut self) {
+        // Not waited for: it becomes a child of process 1.
+        drop(self.child.take());
+    }
+
+    /// The binary.
+    pub fn binary(&self) -> &Path {
+        &self.binary
+    }
+
     /// The node.
     pub fn node(&self) -> &Node {
         &self.node

@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod bench;
+pub mod demo;
 pub mod janitor;
 pub mod load;
 pub mod manifests;

@@ -37,7 +37,9 @@ impl Place {
             .arg("enter")
             .arg(&self.netns)
             .arg(&self.cgroup)
-            .arg(program);
+            .arg(program)
+            // Ctrl-C is for the maker alone; the janitor ends the rest.
+            .process_group(0);
         Ok(command)
     }
 
