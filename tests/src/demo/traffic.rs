@@ -71,7 +71,7 @@ pub(super) fn curl(place: &Place, url: &str) -> anyhow::Result<Counts> {
     let output = place
         .command("curl")?
         .args(ARGS)
-        .arg(url)
+        .args(["--fail-early", url])
         .output()
         .context("cannot run curl")?;
     let mut counts = Counts::default();
