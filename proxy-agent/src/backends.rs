@@ -2,12 +2,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt::Display,
+    fmt::{self, Display},
+    net::IpAddr,
+    sync::Arc,
 };
 
 use crate::{
     plan::Plan,
-    state::{DesiredState, ServiceName},
+    state::{DesiredState, Family, Protocol, ServiceName, ServicePort},
 };
 
 pub mod ebpf;
@@ -57,6 +59,60 @@ pub trait Backend {
     /// # Errors
     /// What stopped it; it is called again after the next apply.
     fn publish(&mut self) -> Result<(), Error>;
+}
+
+/// What a change is about, for backends that keep one digest per service port.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    /// A service port with everything below it.
+    Service(ServicePort),
+    /// An address of this node.
+    Address(IpAddr),
+    /// What was found in the kernel and belongs to nothing. Never desired, so every plan deletes it.
+    Strays,
+}
+
+impl Key {
+    /// See [`Backend::in_scope`]. Strays are in every scope.
+    pub fn in_scope<V: Clone>(
+        observed: &BTreeMap<Self, V>,
+        services: &BTreeSet<ServiceName>,
+        addresses: bool,
+    ) -> BTreeMap<Self, V> {
+        let mut found = BTreeMap::new();
+        let copy = |(key, value): (&Self, &V)| (key.clone(), value.clone());
+        for name in services {
+            let first = ServicePort {
+                service: name.clone(),
+                port: Arc::from(""),
+                protocol: Protocol::Tcp,
+                family: Family::V4,
+            };
+            let of_service =
+                |key: &Self| matches!(key, Self::Service(port) if port.service == *name);
+            let range = observed.range(Self::Service(first)..);
+            found.extend(range.take_while(|(key, _)| of_service(key)).map(copy));
+        }
+        let rest = observed.iter().rev();
+        let rest = rest.take_while(|(key, _)| !matches!(key, Self::Service(_)));
+        found.extend(
+            rest.filter(|(key, _)| addresses || matches!(key, Self::Strays))
+                .map(copy),
+        );
+        found
+    }
+}
+
+impl Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(port) => {
+                write!(f, "service {port}/{} {}", port.protocol, port.family)
+            }
+            Self::Address(address) => write!(f, "address {address}"),
+            Self::Strays => f.write_str("entries of no service"),
+        }
+    }
 }
 
 /// Why a backend could not read or change the kernel's state.

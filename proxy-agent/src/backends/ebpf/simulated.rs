@@ -1,0 +1,368 @@
+//! The maps in memory, with readers that are as slow as the kernel allows: the proof of the update order.
+//!
+//! After each write the store looks at itself as every program could: at what can be found now, and at what was found
+//! since the last grace period that is not over. A violation panics with the invariant's number (docs/ARCHITECTURE.md).
+//! Hash operations can be made to fail, and all writes after the n-th to be lost, as when the agent is killed.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
+    rc::Rc,
+};
+
+use proxy_ebpf::{
+    abi::{
+        Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, MemberWord, Name,
+        Policy, Reason, Service, SetWord, Slot,
+    },
+    lb::{Scope, Tables},
+};
+
+use super::{
+    render::NO_NAME,
+    store::{Capacity, Store},
+};
+use crate::backends::Error;
+
+mod readers;
+
+use readers::Readers;
+
+/// Looks at the store after each write.
+pub type Watcher = Rc<dyn Fn(&Simulated)>;
+
+/// The maps in memory.
+#[derive(Clone, Default)]
+pub struct Simulated {
+    capacity: Capacity,
+    services: Vec<Service>,
+    names: Vec<Name>,
+    slots: Vec<Slot>,
+    members: Vec<Member>,
+    frontends: BTreeMap<FrontendKey, FrontendValue>,
+    vips: BTreeSet<Addr>,
+    addresses: BTreeMap<Addr, u32>,
+    affinity: RefCell<HashMap<AffinityKey, AffinityValue>>,
+    readers: Readers,
+    checked: bool,
+    watcher: Option<Watcher>,
+    /// One hash operation in so many fails; 0 = none.
+    fault_rate: u64,
+    seed: u64,
+    /// Writes that still take effect.
+    writes_left: Option<u64>,
+    writes: u64,
+    published: bool,
+    started: u64,
+    over: u64,
+}
+
+impl fmt::Debug for Simulated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Simulated")
+            .field("capacity", &self.capacity)
+            .field("writes", &self.writes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Simulated {
+    /// Empty maps that check themselves after each write.
+    pub fn checked() -> Self {
+        Self {
+            checked: true,
+            ..Self::default()
+        }
+    }
+
+    /// One hash operation in `rate` fails from now on, as drawn from `seed`; 0 = none.
+    pub fn inject_faults(&mut self, rate: u64, seed: u64) {
+        (self.fault_rate, self.seed) = (rate, seed);
+    }
+
+    /// Loses all writes after the next `writes`, as a killed agent would; `None` ends that.
+    pub fn crash_after(&mut self, writes: Option<u64>) {
+        self.writes_left = writes;
+    }
+
+    /// Whether writes were lost.
+    pub fn has_crashed(&self) -> bool {
+        self.writes_left == Some(0)
+    }
+
+    /// Calls `watcher` after each write.
+    pub fn watch(&mut self, watcher: Option<Watcher>) {
+        self.watcher = watcher;
+    }
+
+    /// Writes that took effect so far.
+    pub fn writes(&self) -> u64 {
+        self.writes
+    }
+
+    /// Whether the maps were published.
+    pub fn is_published(&self) -> bool {
+        self.published
+    }
+
+    /// Lets all grace periods that were started be over.
+    pub fn pass_time(&mut self) {
+        self.over = self.started;
+        self.readers.forget(self.over);
+    }
+
+    /// Does one write, unless the agent is dead by now, and looks at the result.
+    fn write(&mut self, write: impl FnOnce(&mut Self)) {
+        match &mut self.writes_left {
+            Some(0) => return,
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        write(self);
+        self.writes += 1;
+        if self.checked {
+            let mut readers = std::mem::take(&mut self.readers);
+            readers.look(self, self.started);
+            self.readers = readers;
+        }
+        if let Some(watcher) = self.watcher.clone() {
+            watcher(self);
+        }
+    }
+
+    fn fails(&mut self) -> bool {
+        self.fault_rate > 0 && self.random().is_multiple_of(self.fault_rate)
+    }
+
+    /// xorshift64*: enough for faults.
+    fn random(&mut self) -> u64 {
+        let mut x = self.seed | 1;
+        x ^= x >> 12;
+        x ^= x << 25;
+        x ^= x >> 27;
+        self.seed = x;
+        x.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32
+    }
+
+    /// One hash operation per item; those before a fault went in.
+    fn each<T>(&mut self, items: &[T], operation: impl Fn(&mut Self, &T)) -> Result<(), Error> {
+        for item in items {
+            if self.fails() {
+                return Err(Error::Injected);
+            }
+            self.write(|store| operation(store, item));
+        }
+        Ok(())
+    }
+}
+
+impl Store for Simulated {
+    fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    fn reserve(&mut self, need: &Capacity) -> Result<(), Error> {
+        if self.fails() {
+            return Err(Error::Injected);
+        }
+        let have = &mut self.capacity;
+        *have = Capacity {
+            services: have.services.max(need.services),
+            slots: have.slots.max(need.slots),
+            members: have.members.max(need.members),
+            frontends: have.frontends.max(need.frontends),
+            vips: have.vips.max(need.vips),
+            addresses: have.addresses.max(need.addresses),
+        };
+        self.services
+            .resize(have.services as usize, Service::default());
+        self.names.resize(have.services as usize, NO_NAME);
+        self.slots.resize(have.slots as usize, Slot::default());
+        self.members
+            .resize(have.members as usize, Member::default());
+        Ok(())
+    }
+
+    fn publish(&mut self) -> Result<(), Error> {
+        self.published = true;
+        Ok(())
+    }
+
+    fn service(&self, index: u32) -> Service {
+        self.services[index as usize]
+    }
+
+    fn name(&self, index: u32) -> Name {
+        self.names[index as usize]
+    }
+
+    fn slot(&self, index: u32) -> Slot {
+        self.slots[index as usize]
+    }
+
+    fn member(&self, index: u32) -> Member {
+        self.members[index as usize]
+    }
+
+    fn write_service(&mut self, index: u32, service: &Service) {
+        if self.checked && !self.has_crashed() {
+            self.readers.expect_service_unread(self, index, service);
+        }
+        self.write(|store| store.services[index as usize] = *service);
+    }
+
+    fn write_name(&mut self, index: u32, name: &Name) {
+        self.write(|store| store.names[index as usize] = *name);
+    }
+
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) {
+        for (index, slot) in (base as usize..).zip(slots) {
+            self.write(|store| store.slots[index] = *slot);
+        }
+    }
+
+    fn write_member(&mut self, index: u32, member: &Member) {
+        if self.checked && !self.has_crashed() {
+            self.readers.expect_member_unread(self, index, member);
+        }
+        self.write(|store| {
+            store.members[index as usize] = *member;
+            store.readers.saw_member(index, member.word);
+        });
+    }
+
+    fn commit_set(&mut self, service: u32, scope: Scope, word: SetWord) {
+        self.write(|store| {
+            let service = &mut store.services[service as usize];
+            match scope {
+                Scope::Cluster => service.cluster = word,
+                Scope::Local => service.local = word,
+            }
+        });
+    }
+
+    fn commit_policy(&mut self, service: u32, policy: Policy) {
+        self.write(|store| store.services[service as usize].policy = policy);
+    }
+
+    fn commit_member(&mut self, member: u32, word: MemberWord) {
+        self.write(|store| {
+            store.members[member as usize].word = word;
+            store.readers.saw_member(member, word);
+        });
+    }
+
+    fn frontends(&self) -> Result<Vec<(FrontendKey, FrontendValue)>, Error> {
+        Ok(self.frontends.iter().map(|(k, v)| (*k, *v)).collect())
+    }
+
+    fn vips(&self) -> Result<Vec<Addr>, Error> {
+        Ok(self.vips.iter().copied().collect())
+    }
+
+    fn addresses(&self) -> Result<Vec<(Addr, u32)>, Error> {
+        Ok(self.addresses.iter().map(|(k, v)| (*k, *v)).collect())
+    }
+
+    fn upsert_frontends(&mut self, entries: &[(FrontendKey, FrontendValue)]) -> Result<(), Error> {
+        self.each(entries, |store, (key, value)| {
+            store.frontends.insert(*key, *value);
+            assert!(store.frontends.len() <= store.capacity.frontends as usize);
+        })
+    }
+
+    fn delete_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error> {
+        self.each(keys, |store, key| {
+            store.frontends.remove(key);
+        })
+    }
+
+    fn upsert_vips(&mut self, vips: &[Addr]) -> Result<(), Error> {
+        self.each(vips, |store, addr| {
+            store.vips.insert(*addr);
+            assert!(store.vips.len() <= store.capacity.vips as usize);
+        })
+    }
+
+    fn delete_vips(&mut self, vips: &[Addr]) -> Result<(), Error> {
+        self.each(vips, |store, addr| {
+            store.vips.remove(addr);
+        })
+    }
+
+    fn upsert_addresses(&mut self, entries: &[(Addr, u32)]) -> Result<(), Error> {
+        self.each(entries, |store, (addr, flags)| {
+            store.addresses.insert(*addr, *flags);
+            assert!(store.addresses.len() <= store.capacity.addresses as usize);
+        })
+    }
+
+    fn delete_addresses(&mut self, addresses: &[Addr]) -> Result<(), Error> {
+        self.each(addresses, |store, addr| {
+            store.addresses.remove(addr);
+        })
+    }
+
+    fn start_grace(&mut self) -> u64 {
+        self.started += 1;
+        self.started
+    }
+
+    fn grace_over(&self) -> u64 {
+        self.over
+    }
+
+    fn wait_grace(&mut self, number: u64) {
+        assert!(
+            number <= self.started,
+            "nobody started grace period {number}"
+        );
+        self.over = self.over.max(number);
+        self.readers.forget(self.over);
+    }
+}
+
+impl Tables for Simulated {
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        self.frontends.get(key).copied()
+    }
+
+    fn is_cluster_ip(&self, addr: &Addr) -> bool {
+        self.vips.contains(addr)
+    }
+
+    fn node_address(&self, addr: &Addr) -> Option<u32> {
+        self.addresses.get(addr).copied()
+    }
+
+    fn set(&self, service: u32, scope: Scope) -> Option<SetWord> {
+        let service = self.services.get(service as usize)?;
+        Some(match scope {
+            Scope::Cluster => service.cluster,
+            Scope::Local => service.local,
+        })
+    }
+
+    fn policy(&self, service: u32) -> Option<Policy> {
+        Some(self.services.get(service as usize)?.policy)
+    }
+
+    fn slot(&self, index: u32) -> Option<Slot> {
+        self.slots.get(index as usize).copied()
+    }
+
+    fn member(&self, index: u32) -> Option<Member> {
+        self.members.get(index as usize).copied()
+    }
+
+    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
+        self.affinity.borrow().get(key).copied()
+    }
+
+    fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
+        self.affinity.borrow_mut().insert(*key, *value);
+    }
+
+    fn note(&self, _: Reason) {}
+}

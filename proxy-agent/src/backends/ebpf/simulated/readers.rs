@@ -1,0 +1,121 @@
+//! Model readers: everything that a program may have read and still hold.
+//!
+//! A reading is forgotten when a grace period is over that was started after the reading could last be made.
+
+use std::collections::{BTreeMap, HashMap};
+
+use proxy_ebpf::abi::{Member, MemberWord, Service, SetWord, Slot};
+
+use super::Simulated;
+
+/// What programs may hold.
+#[derive(Clone, Default)]
+pub struct Readers {
+    /// Services found by a frontend, with the number of grace periods started when that was last possible.
+    services: BTreeMap<u32, u64>,
+    /// Set words found in those services, with the slots that they led to.
+    sets: HashMap<SetWord, Held>,
+    /// The last generation under which a member served.
+    generations: HashMap<u32, u32>,
+}
+
+#[derive(Clone)]
+struct Held {
+    slots: Vec<Slot>,
+    last_seen: u64,
+}
+
+impl Readers {
+    /// Reads everything that can be found, and compares what is held with what it was.
+    pub fn look(&mut self, store: &Simulated, started: u64) {
+        for (key, value) in &store.frontends {
+            let service = store.services.get(value.service() as usize);
+            let initialised = service.is_some_and(|service| service.used == 1);
+            assert!(
+                initialised && value.belongs_to(key),
+                "I1: frontend {key:?} leads to service {}, which is not initialised",
+                value.service()
+            );
+            self.services.insert(value.service(), started);
+        }
+        for addr in &store.vips {
+            assert!(
+                store.frontends.keys().any(|key| key.addr == *addr),
+                "VIPS holds {addr:?}, which no frontend has: it may belong to somebody else"
+            );
+        }
+        for (index, service_seen) in &self.services {
+            let service = store.services[*index as usize];
+            for word in [service.cluster, service.local] {
+                let held = self.sets.entry(word).or_insert_with(|| Held {
+                    slots: slots(store, word),
+                    last_seen: *service_seen,
+                });
+                held.last_seen = held.last_seen.max(*service_seen);
+            }
+        }
+        for (word, held) in &self.sets {
+            assert_eq!(
+                slots(store, *word),
+                held.slots,
+                "I2: slots of a set that a reader may hold have changed"
+            );
+            assert!(
+                held.slots.iter().all(|s| s.generation == word.generation()),
+                "I2: a set word leads to slots of another generation"
+            );
+        }
+    }
+
+    /// Remembers under which generation a member serves.
+    pub fn saw_member(&mut self, index: u32, word: MemberWord) {
+        if word.bits() != 0 {
+            self.generations.insert(index, word.generation());
+        }
+    }
+
+    /// Grace periods up to `over` are over.
+    pub fn forget(&mut self, over: u64) {
+        self.services.retain(|_, last_seen| *last_seen >= over);
+        self.sets.retain(|_, held| held.last_seen >= over);
+    }
+
+    /// I1 and I3: a service may be written only while nobody can read it, except to mark it unused.
+    pub fn expect_service_unread(&self, store: &Simulated, index: u32, service: &Service) {
+        let frontends = store.frontends.values();
+        assert!(
+            frontends.clone().all(|value| value.service() != index),
+            "I3: service {index} is written while a frontend leads to it"
+        );
+        let now = store.services[index as usize];
+        let only_marked = Service { used: 0, ..now } == *service;
+        assert!(
+            only_marked || !self.services.contains_key(&index),
+            "I4: service {index} is reused while a reader may hold it"
+        );
+    }
+
+    /// I4: a member may be written only while it is free and no slot that somebody holds leads to it.
+    pub fn expect_member_unread(&self, store: &Simulated, index: u32, member: &Member) {
+        assert_eq!(
+            store.members[index as usize].word.bits(),
+            0,
+            "I4: member {index} is written while it serves"
+        );
+        let held = self.sets.values().flat_map(|held| &held.slots);
+        assert!(
+            held.clone().all(|slot| slot.member != index),
+            "I4: member {index} is reused while a reader may hold it"
+        );
+        assert_ne!(
+            self.generations.get(&index),
+            Some(&member.word.generation()),
+            "I4: member {index} is reused under its old generation"
+        );
+    }
+}
+
+fn slots(store: &Simulated, word: SetWord) -> Vec<Slot> {
+    let range = word.base() as usize..(word.base() + word.count()) as usize;
+    store.slots[range].to_vec()
+}

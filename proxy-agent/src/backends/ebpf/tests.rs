@@ -1,0 +1,221 @@
+use std::{collections::BTreeSet, rc::Rc};
+
+use proptest::prelude::*;
+use proxy_ebpf::{
+    abi::{Addr, Be16, FrontendKey, MemberWord},
+    lb::{self, Request, Scope, Verdict},
+};
+
+use super::{
+    simulated::{Simulated, Watcher},
+    store::{Capacity, Store},
+    *,
+};
+use crate::{plan::diff, state::ServiceState};
+
+mod world;
+
+/// What a driver of a backend does: observes, plans, applies; again after an error, as a new process after a crash.
+fn converge(mut backend: EbpfBackend<Simulated>, state: &DesiredState) -> EbpfBackend<Simulated> {
+    for _ in 0..1000 {
+        let observed = backend.observe().unwrap();
+        let plan = diff(&observed, &backend.render(state));
+        let done = plan.is_empty() || backend.apply(&plan, state).is_ok();
+        if backend.store().has_crashed() {
+            let mut store = backend.into_store();
+            store.crash_after(None);
+            backend = EbpfBackend::new(store);
+        } else if done {
+            return backend;
+        }
+    }
+    panic!("does not converge");
+}
+
+fn tight(room: u32) -> Simulated {
+    let mut store = Simulated::checked();
+    let need = Capacity {
+        services: room / 4,
+        slots: room,
+        members: room,
+        frontends: room,
+        vips: room,
+        addresses: room,
+    };
+    store.reserve(&need).unwrap();
+    store
+}
+
+fn fresh(state: &DesiredState) -> EbpfBackend<Simulated> {
+    converge(EbpfBackend::new(tight(64)), state)
+}
+
+fn assert_equal(backend: &mut EbpfBackend<Simulated>, state: &DesiredState) {
+    let expected = describe(fresh(state).store()).unwrap();
+    assert_eq!(describe(backend.store()).unwrap(), expected);
+    let desired = backend.render(state);
+    assert_eq!(backend.observe().unwrap(), desired);
+    let writes = backend.store().writes();
+    let after = converge(EbpfBackend::new(backend.store().clone()), state);
+    assert_eq!(after.store().writes(), writes, "a restart writes nothing");
+}
+
+/// Connects to everything that either state serves, after each write between them.
+fn never_astray(old: &DesiredState, new: &DesiredState) -> Watcher {
+    let states = [old.clone(), new.clone()];
+    Rc::new(move |store| {
+        let owners = |key: &FrontendKey| {
+            [0, 1].map(|at: usize| {
+                let mut services = states[at].services.values();
+                services.find_map(|service| {
+                    let mut found = render::frontends(service).into_iter();
+                    found.find(|f| f.key == *key).map(|f| (service, f))
+                })
+            })
+        };
+        let services = states.iter().flat_map(|state| state.services.values());
+        let keys: BTreeSet<_> = services
+            .flat_map(render::frontends)
+            .map(|f| f.key)
+            .collect();
+        for key in keys {
+            let owners = owners(&key);
+            if owners
+                .iter()
+                .flatten()
+                .any(|(_, frontend)| frontend.flags != 0)
+            {
+                continue;
+            }
+            let serves = |owner: &Option<(&ServiceState, render::MapFrontend)>| {
+                owner.is_some_and(|(service, frontend)| {
+                    let scope = lb::scope(frontend.kind, render::policy(service));
+                    endpoints(service, scope).next().is_some()
+                })
+            };
+            let must_serve = owners.iter().all(serves);
+            let legal: BTreeSet<_> = states
+                .iter()
+                .flat_map(|state| {
+                    let names = owners.iter().flatten().map(|(service, _)| &service.key);
+                    names.filter_map(|name| state.services.get(name))
+                })
+                .flat_map(|s| [Scope::Cluster, Scope::Local].map(|scope| (s, scope)))
+                .flat_map(|(service, scope)| endpoints(service, scope))
+                .collect();
+            for random in [0, 1 << 30, 2 << 30, 3 << 30, u32::MAX] {
+                match connect(store, &key, random) {
+                    Verdict::Translate(backend) => {
+                        assert!(
+                            legal.contains(&(backend.addr, backend.port)),
+                            "{key:?} reaches {backend:?}"
+                        );
+                    }
+                    Verdict::Pass(reason) | Verdict::Refuse(reason) => {
+                        assert!(!must_serve, "{key:?}: {reason:?}");
+                    }
+                }
+            }
+        }
+    })
+}
+
+fn endpoints(service: &ServiceState, scope: Scope) -> impl Iterator<Item = (Addr, Be16)> {
+    let bit = match scope {
+        Scope::Cluster => MemberWord::IN_CLUSTER,
+        Scope::Local => MemberWord::IN_LOCAL,
+    };
+    let in_set = service
+        .backends
+        .iter()
+        .filter(move |backend| render::member_bits(backend.state) & bit != 0);
+    in_set.map(|backend| (backend.address.into(), Be16::new(backend.port)))
+}
+
+fn connect(store: &Simulated, key: &FrontendKey, random: u32) -> Verdict {
+    let addr = if key.addr.is_unspecified() {
+        world::NODE.into()
+    } else {
+        key.addr
+    };
+    let request = Request {
+        addr,
+        port: key.port,
+        protocol: key.protocol,
+        on_host: false,
+        from_loopback: false,
+        netns_cookie: 1,
+        now_ns: 1,
+        random,
+    };
+    match lb::find(store, &request) {
+        Ok(hit) => lb::choose(store, hit, &request),
+        Err(verdict) => verdict,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_was_applied_is_observed(state in world::state()) {
+        assert_equal(&mut fresh(&state), &state);
+    }
+
+    #[test]
+    fn changes_lead_where_a_fresh_start_leads(states in prop::collection::vec(world::state(), 1..8), room in 8..64_u32) {
+        let mut backend = EbpfBackend::new(tight(room));
+        let mut observed = backend.observe().unwrap();
+        for state in &states {
+            let desired = backend.render(state);
+            backend.apply(&diff(&observed, &desired), state).unwrap();
+            observed = desired;
+        }
+        assert_equal(&mut backend, states.last().unwrap());
+    }
+
+    #[test]
+    fn faults_and_crashes_lead_nowhere_else(
+        steps in prop::collection::vec((world::state(), prop::option::of(0..60_u64), any::<u64>()), 1..6),
+        room in 16..64_u32,
+    ) {
+        let mut backend = EbpfBackend::new(tight(room));
+        let mut old = DesiredState::default();
+        for (state, crash, seed) in steps {
+            let store = backend.store_mut();
+            store.inject_faults(10, seed);
+            store.crash_after(crash);
+            store.watch(Some(never_astray(&old, &state)));
+            backend = converge(backend, &state);
+            let store = backend.store_mut();
+            store.inject_faults(0, 0);
+            store.crash_after(None);
+            store.watch(None);
+            if seed % 2 == 0 {
+                store.pass_time();
+            }
+            assert_equal(&mut backend, &state);
+            old = state;
+        }
+    }
+}
+
+proptest! {
+    // Each case restarts once per write.
+    #![proptest_config(ProptestConfig { cases: 20, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_crash_leaves_something_that_a_restart_completes(old in world::state(), new in world::state()) {
+        let before = fresh(&old).into_store();
+        let count = |store: Simulated| converge(EbpfBackend::new(store), &new).store().writes();
+        let writes = count(before.clone()) - before.writes();
+        for crash in 0..writes {
+            let mut store = before.clone();
+            store.crash_after(Some(crash));
+            store.watch(Some(never_astray(&old, &new)));
+            let mut backend = converge(EbpfBackend::new(store), &new);
+            backend.store_mut().watch(None);
+            prop_assert_eq!(backend.observe().unwrap(), backend.render(&new));
+        }
+    }
+}
