@@ -61,6 +61,13 @@ pub struct Objects {
     pub complete: bool,
 }
 
+impl Objects {
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.slices.is_empty() && self.node.is_none()
+    }
+}
+
 /// What an update touched.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dirty {

@@ -28,7 +28,7 @@ impl fmt::Display for Kind {
 pub enum Effect {
     /// Refused whole; its last good version stays.
     Refused,
-    /// Left out because it has no ClusterIP yet; nothing of it can be in the kernel.
+    /// Left out because it has no ClusterIP; without an earlier version nothing of it can be in the kernel.
     Skipped,
     /// One endpoint of it is left out; the rest is used.
     Trimmed,
@@ -38,7 +38,7 @@ impl fmt::Display for Effect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Refused => "the object is refused, its last good version stays in use",
-            Self::Skipped => "the Service is skipped",
+            Self::Skipped => "the Service is skipped, an earlier version with one stays in use",
             Self::Trimmed => "this endpoint is left out",
         })
     }
