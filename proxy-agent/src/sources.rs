@@ -1,10 +1,11 @@
-//! Where the model comes from: folders of Kubernetes manifests ([`file`]).
+//! Where the model comes from: folders of Kubernetes manifests ([`file`]) and the node's own addresses ([`node`]).
 //!
 //! Each source sends [`Update`](crate::model::Update)s, the first of them everything that it has.
 
 use std::{fmt, path::PathBuf};
 
 pub mod file;
+pub mod node;
 
 /// Something in a source that is not as it should be. Goes away when it is mended.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

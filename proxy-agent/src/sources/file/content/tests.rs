@@ -98,7 +98,7 @@ fn a_broken_file_is_told_by_line_and_field() {
 
     let fault = yaml("apiVersion: v1\nkind: Service\n\tspec: {}\n").unwrap_err();
     assert!(
-        fault.line == Some(3) && fault.what.contains("cannot start any token"),
+        fault.line == Some(3) && fault.what.contains("tab character"),
         "{fault:?}"
     );
 

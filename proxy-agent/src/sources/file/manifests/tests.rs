@@ -248,7 +248,7 @@ fn what_cannot_be_read_keeps_its_content_and_is_told() {
         "{problems:?}"
     );
     if !nix::unistd::geteuid().is_root() {
-        fs::set_permissions(folder.path("sub"), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(folder.path("sub"), fs::Permissions::from_mode(0o000)).unwrap();
         assert!(folder.scan().is_empty());
         fs::set_permissions(folder.path("sub"), fs::Permissions::from_mode(0o755)).unwrap();
     }
