@@ -13,12 +13,15 @@ pub mod manifests;
 pub mod names;
 pub mod peer;
 pub mod place;
+pub mod scenario;
 pub mod server;
 pub mod topology;
 
 pub use agent::Agent;
 pub use manifests::{Endpoint, Manifests, Service};
+pub use peer::Peer;
 pub use place::Place;
+pub use scenario::Scenario;
 pub use topology::{Node, Pod, Topology};
 
 use std::time::{Duration, Instant};

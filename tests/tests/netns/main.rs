@@ -1,0 +1,13 @@
+//! Scenarios: a cluster of network namespaces, the real agent, real connections. Each body runs in IPv4 and IPv6.
+
+mod affinity;
+mod cluster_ip;
+mod external;
+mod files;
+mod node_port;
+mod opt_out;
+mod outputs;
+mod policies;
+mod restart;
+mod topology;
+mod udp;

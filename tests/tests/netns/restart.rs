@@ -1,0 +1,229 @@
+//! The agent's life: dead, restarted, twice, on foreign ground.
+
+use std::{fs, os::unix::process::CommandExt};
+
+use anyhow::{Context, ensure};
+use proxy_tests::{
+    Agent, Scenario,
+    scenario::{TCP, UDP, each_family, in_family, reaches, refuses},
+};
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn the_kernel_goes_on_while_the_agent_is_dead() {
+    each_family("dead", |s| {
+        let web = s.service("web", 1);
+        s.manifests.put(&s.service("empty", 2))?;
+        s.apply(&web.clone().endpoint(s.endpoint(&s.near)))?;
+        s.agent.kill9()?;
+        reaches(&s.client.peer()?, s.vip(1), &["near"])?;
+        refuses(&s.client.peer()?, s.vip(2), TCP, UDP)?;
+        s.manifests.put(&web.endpoint(s.endpoint(&s.far)))?;
+        s.agent.spawn()?;
+        s.agent.wait_ready()?;
+        reaches(&s.client.peer()?, s.vip(1), &["far"])
+    });
+}
+
+/// Ids of all maps and links that are pinned, by path.
+fn pinned(s: &Scenario) -> anyhow::Result<Vec<String>> {
+    let mut paths = Vec::new();
+    let mut folders = vec![s.a.bpf_dir()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            } else {
+                paths.push(entry.path().display().to_string());
+            }
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_restart_adopts_what_is_there_and_writes_nothing() {
+    each_family("adopt", |s| {
+        let web = s
+            .service("web", 1)
+            .endpoint(s.endpoint(&s.near))
+            .endpoint(s.endpoint(&s.far));
+        s.apply(&web)?;
+        let state = |s: &Scenario| -> anyhow::Result<_> {
+            Ok((
+                pinned(s)?,
+                s.services()?,
+                s.agent.json(&["dump", "backends"])?,
+            ))
+        };
+        let before = state(s)?;
+        let log = s.agent.log().len();
+        s.agent.restart()?;
+        assert_eq!(state(s)?, before);
+        let log = s.agent.log().split_off(log);
+        ensure!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
+        s.agent
+            .metric("proxy_agent_changes_pending", "")
+            .map(drop)?;
+        reaches(&s.client.peer()?, s.vip(1), &["near", "far"])
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_second_agent_on_the_same_directory_is_refused() {
+    in_family("second", false, &[], |s| {
+        s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.near)))?;
+        let ports = [
+            "--healthz-bind-address",
+            "127.0.0.1:1",
+            "--metrics-bind-address",
+            "127.0.0.1:2",
+        ];
+        let mut args = vec!["run", "--manifests"];
+        let manifests = s.manifests.dir().display().to_string();
+        args.push(&manifests);
+        args.extend(ports);
+        let output = s.agent.run(&args)?;
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        let folder = s.a.bpf_dir().display().to_string();
+        ensure!(
+            output.status.code() == Some(1) && text.contains(&folder),
+            "{text}"
+        );
+        reaches(&s.client.peer()?, s.vip(1), &["near"])
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn two_nodes_on_one_kernel_do_not_disturb_each_other() {
+    in_family("two-nodes", false, &[], |s| {
+        let _other = Agent::start(&s.b, &s.manifests, &[])?;
+        let web = s.service("web", 1).spec("internalTrafficPolicy", "Local");
+        s.apply(
+            &web.endpoint(s.endpoint(&s.near))
+                .endpoint(s.endpoint(&s.far)),
+        )?;
+        reaches(&s.client.peer()?, s.vip(1), &["near"])?;
+        reaches(&s.far.peer()?, s.vip(1), &["far"])?;
+        s.agent.stop()?;
+        s.agent.text(&["cleanup"])?;
+        reaches(&s.far.peer()?, s.vip(1), &["far"])
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_foreign_map_in_our_place_is_replaced_and_told_and_not_written() {
+    each_family("foreign", |s| {
+        s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.near)))?;
+        s.agent.stop()?;
+        let maps = pinned(s)?;
+        let path = |name: &str| {
+            let found = maps.iter().find(|path| path.ends_with(&format!("/{name}")));
+            found.with_context(|| format!("no {name} in {maps:?}"))
+        };
+        // Another map of ours, of another type and size, under the name of SERVICES.
+        let (services, frontends) = (path("SERVICES")?, path("FRONTENDS")?);
+        let aside = format!("{services}-aside");
+        fs::rename(services, &aside)?;
+        fs::rename(frontends, services)?;
+        s.agent.spawn()?;
+        s.agent.wait_ready()?;
+        reaches(&s.client.peer()?, s.vip(1), &["near"])?;
+        let log = s.agent.log();
+        ensure!(log.contains("SERVICES"), "{log}");
+        s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.far)))?;
+        reaches(&s.client.peer()?, s.vip(1), &["far"])
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn the_lease_is_not_armed_while_no_packet_layer_serves() {
+    in_family("lease", false, &["--socket-lease", "3"], |s| {
+        s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.near)))?;
+        s.agent.kill9()?;
+        proxy_tests::let_run(std::time::Duration::from_secs(5));
+        reaches(&s.client.peer()?, s.vip(1), &["near"])
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn without_root_the_agent_says_so() {
+    in_family("no-root", false, &[], |s| {
+        s.agent.stop()?;
+        let binary = s.topology.state_dir().join("proxy-agent");
+        fs::copy(proxy_tests::agent::agent_binary()?, &binary)?;
+        let mut command = std::process::Command::new(&binary);
+        command
+            .args(s.agent.global_args())
+            .args(["run", "--manifests"])
+            .arg(s.manifests.dir());
+        let output = command.uid(65534).gid(65534).output()?;
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        ensure!(!output.status.success(), "{text}");
+        ensure!(text.contains("root") || text.contains("CAP_BPF"), "{text}");
+        Ok(())
+    });
+}
+
+/// Runs the agent with one argument replaced: exit code and everything it wrote.
+fn run_with(s: &Scenario, flag: &str, value: &str) -> anyhow::Result<(Option<i32>, String)> {
+    let mut args: Vec<String> = s.agent.global_args().into();
+    let at = args
+        .iter()
+        .position(|arg| arg == flag)
+        .context("no such flag")?;
+    value.clone_into(&mut args[at + 1]);
+    let mut command = s.a.place().command(proxy_tests::agent::agent_binary()?)?;
+    command
+        .args(args)
+        .args(["run", "--manifests"])
+        .arg(s.manifests.dir());
+    let output = command.output()?;
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    Ok((output.status.code(), text))
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn wrong_directories_are_named() {
+    in_family("wrong-dirs", false, &[], |s| {
+        s.agent.stop()?;
+        let state = s.topology.state_dir().display().to_string();
+        let cases = [
+            ("--bpf-dir", format!("{state}/not-bpffs"), "mount -t bpf"),
+            ("--cgroup", state.clone(), "cgroup"),
+            ("--cgroup", "/nowhere".to_owned(), "/nowhere"),
+        ];
+        for (flag, value, word) in cases {
+            let (exit, text) = run_with(s, flag, &value)?;
+            ensure!(
+                exit == Some(1) && text.contains(word),
+                "{flag} {value}: {exit:?} {text}"
+            );
+        }
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn without_manifests_the_agent_says_what_is_missing() {
+    in_family("no-source", false, &[], |s| {
+        s.agent.stop()?;
+        let output = s.agent.run(&["run"])?;
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        ensure!(
+            !output.status.success() && text.contains("--manifests"),
+            "{text}"
+        );
+        Ok(())
+    });
+}

@@ -1,0 +1,176 @@
+//! UDP sockets: choices that last, replaced endpoints, sockets of dead ones.
+
+use std::{
+    io,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::ensure;
+use proxy_tests::scenario::{UDP, each_family, passes};
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn an_unconnected_socket_stays_with_its_endpoint() {
+    each_family("udp-stays", |s| {
+        s.apply(
+            &s.service("dns", 1)
+                .endpoint(s.endpoint(&s.near))
+                .endpoint(s.endpoint(&s.far)),
+        )?;
+        let to = SocketAddr::from((s.vip(1), UDP));
+        let socket = s.client.peer()?.open_udp_for(to)?;
+        let first = socket.ask_to(to)?;
+        for _ in 0..20 {
+            assert_eq!(socket.ask_to(to)?, first);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn an_unconnected_socket_follows_a_replaced_endpoint() {
+    each_family("udp-follows", |s| {
+        let dns = s.service("dns", 1);
+        let to = SocketAddr::from((s.vip(1), UDP));
+        let socket = s.client.peer()?.open_udp_for(to)?;
+        for (pod, name) in [(&s.near, "near"), (&s.far, "far"), (&s.near, "near")] {
+            s.apply(&dns.clone().endpoint(s.endpoint(pod)))?;
+            assert_eq!(socket.ask_to(to)?, (name.to_owned(), to));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn one_socket_may_talk_to_several_services() {
+    each_family("udp-several", |s| {
+        for number in 1..=6 {
+            let pod = if number % 2 == 0 { &s.near } else { &s.far };
+            s.manifests.put(
+                &s.service(&format!("s{number}"), number)
+                    .endpoint(s.endpoint(pod)),
+            )?;
+        }
+        s.settle()?;
+        let socket = s.client.peer()?.open_udp_for((s.vip(1), UDP).into())?;
+        for _ in 0..2 {
+            for number in 1..=6 {
+                let to = SocketAddr::from((s.vip(number), UDP));
+                let (who, from) = socket.ask_to(to)?;
+                ensure!(from == to, "an answer of {to} came from {from} ({who})");
+            }
+        }
+        // One that is no Service is none of our business.
+        let direct = SocketAddr::from((s.far.address(s.v6), 5353));
+        assert_eq!(socket.ask_to(direct)?, ("far".to_owned(), direct));
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_connected_socket_of_a_removed_endpoint_gets_an_error_at_once() {
+    each_family("udp-dead", |s| {
+        let dns = s.service("dns", 1);
+        let to = SocketAddr::from((s.vip(1), UDP));
+        s.apply(&dns.clone().endpoint(s.endpoint(&s.near)))?;
+        let socket = s.client.peer()?.open_udp_for(to)?;
+        socket.connect(to)?;
+        assert_eq!(socket.ask()?, "near");
+
+        let start = Instant::now();
+        s.manifests.put(&dns.endpoint(s.endpoint(&s.far)))?;
+        let error = socket.receive(Duration::from_secs(3)).unwrap_err();
+        let elapsed = start.elapsed();
+        ensure!(
+            error.kind() != io::ErrorKind::WouldBlock,
+            "no error within {elapsed:?}"
+        );
+        println!("{error} {elapsed:?} after the file was changed");
+        // 20 ms of quiet before a change is taken up.
+        ensure!(
+            elapsed < Duration::from_millis(120),
+            "{error} after {elapsed:?}"
+        );
+
+        let again = s.client.peer()?.open_udp_for(to)?;
+        again.connect(to)?;
+        assert_eq!(again.ask()?, "far");
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn other_connected_sockets_live_on() {
+    each_family("udp-alive", |s| {
+        let dns = s.service("dns", 1);
+        let both = dns
+            .clone()
+            .endpoint(s.endpoint(&s.near))
+            .endpoint(s.endpoint(&s.far));
+        s.apply(&both)?;
+        let to = SocketAddr::from((s.vip(1), UDP));
+        let peer = s.client.peer()?;
+        let mut sockets = Vec::new();
+        for _ in 0..20 {
+            let socket = peer.open_udp_for(to)?;
+            socket.connect(to)?;
+            let who = socket.ask()?;
+            sockets.push((socket, who));
+        }
+        let direct = peer.open_udp_for(to)?;
+        direct.connect((s.near.address(s.v6), 5353).into())?;
+        s.apply(&dns.endpoint(s.endpoint(&s.far)))?;
+        for (socket, who) in &sockets {
+            let answer = socket.ask();
+            match who.as_str() {
+                "far" => assert_eq!(answer?, "far"),
+                _ => ensure!(answer.is_err(), "a socket of {who} got {answer:?}"),
+            }
+        }
+        // Connected past the Service: nobody's business.
+        assert_eq!(direct.ask()?, "near");
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_draining_endpoint_keeps_its_sockets() {
+    each_family("udp-draining", |s| {
+        let dns = s.service("dns", 1);
+        s.apply(&dns.clone().endpoint(s.endpoint(&s.near)))?;
+        let to = SocketAddr::from((s.vip(1), UDP));
+        let peer = s.client.peer()?;
+        let (connected, unconnected) = (peer.open_udp_for(to)?, peer.open_udp_for(to)?);
+        connected.connect(to)?;
+        assert_eq!(unconnected.ask_to(to)?.0, "near");
+        let draining = dns.endpoint(s.endpoint(&s.near).terminating());
+        s.apply(&draining.endpoint(s.endpoint(&s.far)))?;
+        assert_eq!(
+            (connected.ask()?, unconnected.ask_to(to)?.0),
+            ("near".into(), "near".into())
+        );
+        assert_eq!(peer.ask_udp(to)?, "far");
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_tcp_connection_leaves_udp_alone() {
+    each_family("udp-only", |s| {
+        let only_tcp = proxy_tests::Service::new("web", &[s.vip(1)])
+            .port("http", "TCP", 80, 8080)
+            .spec("externalIPs", serde_json::json!([s.outside(1)]))
+            .endpoint(s.endpoint(&s.near));
+        s.apply(&only_tcp)?;
+        let peer = s.client.peer()?;
+        assert_eq!(peer.ask_tcp((s.outside(1), 80).into())?, "near");
+        passes(&peer, (s.outside(1), 53).into())
+    });
+}
