@@ -312,9 +312,8 @@ fn send_or_not<F: Family>(ctx: &SockAddrContext) -> End {
     let Some(socket) = maps::socket_or_new(ctx) else {
         return go_on(Reason::NoStorage);
     };
-    if let Some(peer) = earlier_choice(ctx, socket, &request, hit) {
-        peer.last_used_ns = now_ns;
-        return send_to::<F>(ctx, &request, hit, &peer.backend, peer.backend_port);
+    if let Some((addr, port)) = earlier_choice(ctx, socket, &request, hit) {
+        return send_to::<F>(ctx, &request, hit, &addr, port);
     }
     match lb::choose(&Maps, hit, &request) {
         Verdict::Pass(reason) => go_on(reason),
@@ -347,21 +346,29 @@ fn cookie(ctx: &SockAddrContext) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
+/// The backend of an earlier choice that stands, which is thereby used again.
 #[inline(always)]
-fn earlier_choice<'a>(
+fn earlier_choice(
     ctx: &SockAddrContext,
-    socket: &'a mut Socket,
+    socket: &mut Socket,
     request: &Request,
     hit: Hit,
-) -> Option<&'a mut Peer> {
-    if !socket.is_full() {
-        return socket.choice(&Maps, request, hit);
-    }
+) -> Option<(Addr, Be16)> {
     if let Some(peer) = socket.choice(&Maps, request, hit) {
-        return Some(peer);
+        peer.last_used_ns = request.now_ns;
+        return Some((peer.backend, peer.backend_port));
     }
-    maps::overflow_peer(&Peer::key_by_vip(cookie(ctx), request))
-        .filter(|peer| peer.stands(&Maps, request, hit))
+    if !socket.is_full() {
+        return None;
+    }
+    let cookie = cookie(ctx);
+    let peer = maps::overflow_peer(&Peer::key_by_vip(cookie, request))
+        .filter(|peer| peer.stands(&Maps, request, hit))?;
+    peer.last_used_ns = request.now_ns;
+    let (addr, port) = (peer.backend, peer.backend_port);
+    // Another VIP that leads there may have written it since.
+    maps::remember_overflow(&Peer::key_by_backend(cookie, addr, port), peer);
+    Some((addr, port))
 }
 
 #[inline(always)]
@@ -392,11 +399,18 @@ fn show_sender<F: Family>(ctx: &SockAddrContext) -> Reason {
         return Reason::ReplyUntouched;
     };
     let (addr, port) = (F::addr(ctx), port(ctx));
-    let is_full = socket.is_full();
+    let overflow = match socket.is_full() {
+        true => maps::overflow_peer(&Peer::key_by_backend(cookie(ctx), addr, port)),
+        false => None,
+    };
     let mut sender = socket.sender(&addr, port);
-    if sender.is_none() && is_full {
-        sender = maps::overflow_peer(&Peer::key_by_backend(cookie(ctx), addr, port))
-            .filter(|peer| peer.is_from(&addr, port));
+    if let Some(other) = overflow
+        && other.is_from(&addr, port)
+        && sender
+            .as_ref()
+            .is_none_or(|peer| peer.last_used_ns < other.last_used_ns)
+    {
+        sender = Some(other);
     }
     let Some(peer) = sender else {
         return Reason::ReplyUntouched;
