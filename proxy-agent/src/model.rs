@@ -17,7 +17,7 @@ pub use self::{
     service::{Port, Service},
     slice::{Endpoint, EndpointPort, Slice, SliceName},
 };
-use crate::state::ServiceName;
+pub use crate::state::ServiceName;
 
 mod node;
 mod problem;

@@ -122,7 +122,7 @@ pub enum FrontendKind {
 
 impl fmt::Display for FrontendKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        f.pad(match self {
             Self::ClusterIp => "cluster-ip",
             Self::NodePort => "node-port",
             Self::LoadBalancer => "load-balancer",

@@ -3,10 +3,7 @@
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use super::{locate, object::Object};
-use crate::{
-    model::{self, Effect, Node, NodeName, Service, Slice, SliceName},
-    state::ServiceName,
-};
+use crate::model::{self, Effect, Node, NodeName, Service, ServiceName, Slice, SliceName};
 
 /// Identity of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -3,7 +3,7 @@ use std::os::unix::fs::PermissionsExt;
 use tempfile::TempDir;
 
 use super::*;
-use crate::state::ServiceName;
+use crate::model::ServiceName;
 
 fn service(name: &str, ip: &str) -> String {
     format!(
