@@ -113,8 +113,7 @@ pub fn find<T: Tables>(tables: &T, request: &Request) -> Result<Hit, Verdict> {
     if request.protocol != TCP && request.protocol != UDP {
         return Err(Verdict::Pass(Reason::OtherProtocol));
     }
-    let key = FrontendKey::new(request.addr, request.port, request.protocol);
-    let value = match lookup(tables, &key) {
+    let value = match find_address(tables, request) {
         Some(value) => value,
         None => find_node_port(tables, request)?,
     };
@@ -135,8 +134,18 @@ pub fn find<T: Tables>(tables: &T, request: &Request) -> Result<Hit, Verdict> {
 }
 
 #[inline(always)]
+fn find_address<T: Tables>(tables: &T, request: &Request) -> Option<FrontendValue> {
+    // Node ports are filed under it; to a client it means its own loopback.
+    if request.addr.is_unspecified() {
+        return None;
+    }
+    let key = FrontendKey::new(request.addr, request.port, request.protocol);
+    lookup(tables, &key)
+}
+
+#[inline(always)]
 fn find_node_port<T: Tables>(tables: &T, request: &Request) -> Result<FrontendValue, Verdict> {
-    if request.addr.is_loopback() {
+    if request.addr.is_loopback() || request.addr.is_unspecified() {
         // A pod's own loopback is its own.
         if !request.on_host {
             return Err(Verdict::Pass(Reason::ForeignLoopback));

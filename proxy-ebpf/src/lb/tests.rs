@@ -274,7 +274,8 @@ fn loopback_node_ports_belong_to_the_hosts_namespace() {
     let mut fake = Fake::with_members(1, 1);
     fake.serve("0.0.0.0", 30080, kind::NODE_PORT, 0);
     fake.serve("::", 30080, kind::NODE_PORT, 0);
-    for at in ["127.0.0.1", "127.8.8.8", "::1"] {
+    // Connecting to the unspecified address means loopback (ip_route_output_key(), tcp_v6_connect()).
+    for at in ["127.0.0.1", "127.8.8.8", "::1", "0.0.0.0", "::"] {
         let pod = to(at, 30080);
         let host = Request {
             on_host: true,
