@@ -1,0 +1,123 @@
+//! Connects on all cores while everything changes, the agent included.
+
+use std::{
+    env,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+
+use super::churn::{Churn, Outcome};
+
+const PAUSE: Duration = Duration::from_millis(60);
+
+/// Runs a body under load and judges every answer. A failure shows the agent's log.
+fn torture(name: &str, body: impl Fn(&mut Churn) -> anyhow::Result<()>) -> Outcome {
+    let mut churn = Churn::start(name).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+    let start = Instant::now();
+    let result = churn
+        .start_load()
+        .and_then(|()| body(&mut churn))
+        .and_then(|()| churn.finish());
+    let outcome = result.unwrap_or_else(|error| panic!("{name}: {error:?}"));
+    println!(
+        "{name}: {} connections, 0 failed; {} files with {} endpoint changes in {:.0?}",
+        outcome.report.answered(),
+        outcome.rounds,
+        outcome.changes,
+        start.elapsed(),
+    );
+    outcome
+}
+
+#[test]
+#[ignore = "needs root and eBPF; takes a minute"]
+fn no_connection_fails_while_endpoints_and_addresses_change() {
+    const TIME: Duration = Duration::from_secs(60);
+    let outcome = torture("churn", |churn| churn.churn(TIME, PAUSE));
+    let rate = outcome.changes / TIME.as_secs();
+    assert!(rate >= 1000, "only {rate} endpoint changes per second");
+}
+
+/// Kills the agent amid changes, changes once more while it is dead, and lets it catch up.
+fn replace_agent(churn: &mut Churn, binary: Option<&PathBuf>) -> anyhow::Result<()> {
+    churn.churn(Duration::from_millis(300), PAUSE)?;
+    churn.change()?;
+    churn.agent.kill9()?;
+    churn.change()?;
+    if let Some(binary) = binary {
+        churn.agent.use_binary(binary);
+    }
+    churn.agent.spawn()?;
+    churn.agent.wait_ready()?;
+    churn.caught_up();
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root and eBPF; takes a minute"]
+fn no_connection_fails_when_the_agent_is_killed_twenty_times() {
+    torture("kill", |churn| {
+        (0..20).try_for_each(|_| replace_agent(churn, None))
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF; takes two minutes"]
+fn no_connection_fails_in_fifty_upgrades_and_downgrades() {
+    let binary = |name: &str| -> anyhow::Result<PathBuf> {
+        Ok(env::var_os(name)
+            .with_context(|| format!("{name} is not set: run cargo xtask test"))?
+            .into())
+    };
+    torture("upgrade", |churn| {
+        let (this, next) = (binary("PROXY_AGENT")?, binary("PROXY_AGENT_NEXT")?);
+        let generation = |churn: &Churn| churn.agent.text(&["dump", "status"]);
+        for _ in 0..50 {
+            let before = generation(churn)?;
+            replace_agent(churn, Some(&next))?;
+            ensure!(
+                generation(churn)? != before,
+                "the upgrade changed nothing: {before}"
+            );
+            replace_agent(churn, Some(&this))?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF; takes a minute"]
+fn no_connection_fails_in_twenty_generation_swaps() {
+    torture("swap", |churn| {
+        for _ in 0..20 {
+            // A map that is not where it should be makes the next start build a new generation.
+            churn.churn(Duration::from_millis(300), PAUSE)?;
+            churn.agent.kill9()?;
+            remove_one_map(churn)?;
+            churn.agent.spawn()?;
+            churn.agent.wait_ready()?;
+            churn.caught_up();
+        }
+        Ok(())
+    });
+}
+
+/// Removes the pin of SLOTS, wherever it is.
+fn remove_one_map(churn: &Churn) -> anyhow::Result<()> {
+    let mut removed = 0;
+    for generation in std::fs::read_dir(churn.node.bpf_dir())?.flatten() {
+        let pin = generation.path().join("SLOTS");
+        if pin.exists() {
+            std::fs::remove_file(pin)?;
+            removed += 1;
+        }
+    }
+    ensure!(
+        removed > 0,
+        "no SLOTS in {}",
+        churn.node.bpf_dir().display()
+    );
+    Ok(())
+}
