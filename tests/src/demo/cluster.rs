@@ -39,7 +39,7 @@ impl Cluster {
     pub(super) fn start(name: Option<&str>) -> anyhow::Result<Self> {
         let mut topology = match name {
             Some(name) => Topology::named(name)
-                .context("is there one from before? Remove it with: demo --remove")?,
+                .context("is there one from before? Remove it with: target/debug/demo --remove")?,
             None => Topology::new("demo")?,
         };
         let (node_a, node_b) = (topology.node("node-a")?, topology.node("node-b")?);
@@ -164,7 +164,8 @@ impl Cluster {
             "Services to play with, and logs: {}",
             self.topology.state_dir().display()
         );
-        println!("To remove it: cargo xtask demo --remove");
+        let demo = std::env::current_exe().unwrap_or_else(|_| "demo".into());
+        println!("To remove it: {} --remove", demo.display());
         self.agent_a.leave();
         self.agent_b.leave();
         self.topology.keep();

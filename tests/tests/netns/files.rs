@@ -179,6 +179,21 @@ fn of_one_object_in_two_files_the_first_path_wins() {
     });
 }
 
+#[test]
+#[ignore = "needs root and eBPF"]
+fn an_unreadable_file_is_named_and_the_others_serve() {
+    in_family("unreadable", false, &[], |s| {
+        symlink("/nowhere/at/all", s.manifests.dir().join("dangling.yaml"))?;
+        symlink("loop.yaml", s.manifests.dir().join("loop.yaml"))?;
+        fs::write(s.manifests.dir().join("binary.yaml"), [0xff, 0xfe, 0x00])?;
+        s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.near)))?;
+        reaches(&s.client.peer()?, s.vip(1), &["near"])?;
+        ["loop.yaml", "binary.yaml"]
+            .into_iter()
+            .try_for_each(|file| s.agent.wait_log(file))
+    });
+}
+
 /// Objects that cannot be, and a word of what is said about each.
 fn impossible(s: &Scenario) -> Vec<(&'static str, String, &'static str)> {
     let yaml = |spec: &str| {
