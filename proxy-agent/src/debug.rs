@@ -55,7 +55,7 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
         cli::Table::Services => show(&dump::services(&contents), output)?,
         cli::Table::Backends => show(&dump::backends(&contents), output)?,
         cli::Table::Sockets => {
-            contents.sockets = maps.sockets()?;
+            contents.sockets = maps.sockets()?.into_iter().map(|it| it.socket).collect();
             show(&dump::sockets(&contents, now_ns), output)?;
         }
         cli::Table::Affinity => show(&dump::affinity(&contents, now_ns), output)?,

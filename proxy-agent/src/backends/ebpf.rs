@@ -12,11 +12,16 @@ use crate::{
 };
 
 mod describe;
+pub mod dir;
 mod extents;
 mod ids;
 pub mod kernel;
+pub mod kfuncs;
+pub mod links;
+pub mod load;
 pub mod maps;
 mod observe;
+pub mod probe;
 pub mod refused;
 pub mod render;
 mod room;

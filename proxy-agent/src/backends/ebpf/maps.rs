@@ -155,6 +155,16 @@ impl Array {
         word.store(u64::from_ne_bytes(bytes), Ordering::Release);
     }
 
+    /// Entries that are not all zero.
+    pub fn used(&self) -> u32 {
+        let is_used = |index: &u32| {
+            self.words(*index)
+                .iter()
+                .any(|word| word.load(Ordering::Relaxed) != 0)
+        };
+        (0..self.entries).filter(is_used).count() as u32
+    }
+
     /// Copies every entry of `old` as far as both reach: entries and bytes.
     pub fn copy_from(&self, old: &Self) {
         for index in 0..self.entries.min(old.entries) {
@@ -368,9 +378,9 @@ fn is_unsupported(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// The kernel could not be read.
-pub fn per_cpu_totals(map: impl AsFd, cpus: usize) -> io::Result<Vec<u64>> {
+pub fn per_cpu_totals(map: impl AsFd) -> io::Result<Vec<u64>> {
     let info = sys::map_info(map.as_fd())?;
-    let mut values = vec![0_u8; cpus * WORD];
+    let mut values = vec![0_u8; sys::possible_cpus()? * WORD];
     let mut totals = Vec::with_capacity(info.max_entries as usize);
     for index in 0..info.max_entries {
         sys::map_lookup(map.as_fd(), &index.to_ne_bytes(), &mut values)?;

@@ -19,7 +19,7 @@ use aya_obj::generated::{
 use proxy_ebpf::abi::Plain;
 
 pub use self::programs::{
-    Debug, ProgSpec, btf_load, iter_file, iter_link, link_create, link_update, netns_cookie,
+    Debug, ProgSpec, btf_load, insn, iter_file, iter_link, link_create, link_update, netns_cookie,
     prog_load, prog_query,
 };
 
@@ -73,7 +73,7 @@ fn zeroed<T: Copy>() -> T {
     unsafe { std::mem::zeroed() }
 }
 
-fn raw(fd: impl AsFd) -> u32 {
+fn raw(fd: &impl AsFd) -> u32 {
     fd.as_fd().as_raw_fd() as u32
 }
 
@@ -129,20 +129,17 @@ pub fn map_create(
     btf: Option<BorrowedFd<'_>>,
 ) -> io::Result<OwnedFd> {
     let mut attr: bpf_attr = zeroed();
-    let create = aya_obj::generated::bpf_attr__bindgen_ty_1 {
-        map_type: spec.map_type,
-        key_size: spec.key_size,
-        value_size: spec.value_size,
-        max_entries: spec.max_entries,
-        map_flags: spec.flags,
-        inner_map_fd: inner.map_or(0, raw),
-        map_name: object_name(&spec.name),
-        btf_fd: btf.map_or(0, raw),
-        btf_key_type_id: spec.btf_types.0,
-        btf_value_type_id: spec.btf_types.1,
-        ..zeroed()
-    };
-    attr.__bindgen_anon_1 = create;
+    // Field by field: assigning a whole struct would copy its padding, which later kernels read as fields.
+    attr.__bindgen_anon_1.map_type = spec.map_type;
+    attr.__bindgen_anon_1.key_size = spec.key_size;
+    attr.__bindgen_anon_1.value_size = spec.value_size;
+    attr.__bindgen_anon_1.max_entries = spec.max_entries;
+    attr.__bindgen_anon_1.map_flags = spec.flags;
+    attr.__bindgen_anon_1.inner_map_fd = inner.map_or(0, |fd| raw(&fd));
+    attr.__bindgen_anon_1.map_name = object_name(&spec.name);
+    attr.__bindgen_anon_1.btf_fd = btf.map_or(0, |fd| raw(&fd));
+    attr.__bindgen_anon_1.btf_key_type_id = spec.btf_types.0;
+    attr.__bindgen_anon_1.btf_value_type_id = spec.btf_types.1;
     bpf_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)
 }
 
@@ -200,7 +197,7 @@ fn found(result: io::Result<()>) -> io::Result<bool> {
 
 fn element(cmd: bpf_cmd, map: impl AsFd, key: &[u8], value: u64) -> io::Result<()> {
     let mut attr: bpf_attr = zeroed();
-    attr.__bindgen_anon_2.map_fd = raw(map);
+    attr.__bindgen_anon_2.map_fd = raw(&map);
     attr.__bindgen_anon_2.key = if key.is_empty() { 0 } else { address(key) };
     attr.__bindgen_anon_2.__bindgen_anon_1.value = value;
     bpf(cmd, &mut attr).map(drop)
@@ -214,7 +211,7 @@ pub fn map_update_batch(
     count: u32,
 ) -> (u32, io::Result<()>) {
     let mut attr: bpf_attr = zeroed();
-    attr.batch.map_fd = raw(map);
+    attr.batch.map_fd = raw(&map);
     attr.batch.keys = address(keys);
     attr.batch.values = address(values);
     attr.batch.count = count;
@@ -224,7 +221,7 @@ pub fn map_update_batch(
 /// BPF_MAP_DELETE_BATCH; how many are gone, and the error that stopped it.
 pub fn map_delete_batch(map: impl AsFd, keys: &[u8], count: u32) -> (u32, io::Result<()>) {
     let mut attr: bpf_attr = zeroed();
-    attr.batch.map_fd = raw(map);
+    attr.batch.map_fd = raw(&map);
     attr.batch.keys = address(keys);
     attr.batch.count = count;
     batch(bpf_cmd::BPF_MAP_DELETE_BATCH, &mut attr, count)
@@ -269,7 +266,7 @@ pub fn map_lookup_batch(
     // The position is a bucket number for hashes, a key for others.
     let mut next = vec![0_u8; 256];
     let mut attr: bpf_attr = zeroed();
-    attr.batch.map_fd = raw(map);
+    attr.batch.map_fd = raw(&map);
     attr.batch.in_batch = cursor.as_ref().map_or(0, |at| address(at));
     attr.batch.out_batch = next.as_mut_ptr() as u64;
     attr.batch.keys = keys.as_mut_ptr() as u64;
@@ -288,17 +285,25 @@ pub fn map_lookup_batch(
     }
 }
 
-/// BPF_OBJ_GET: what is pinned at `path`.
+/// BPF_MAP_FREEZE: nobody writes the map through system calls from now on.
 ///
 /// # Errors
 /// As the kernel says.
-pub fn obj_get(path: &Path, read_only: bool) -> io::Result<OwnedFd> {
+pub fn map_freeze(map: impl AsFd) -> io::Result<()> {
+    let mut attr: bpf_attr = zeroed();
+    attr.__bindgen_anon_2.map_fd = raw(&map);
+    bpf(bpf_cmd::BPF_MAP_FREEZE, &mut attr).map(drop)
+}
+
+/// BPF_OBJ_GET: what is pinned at `path`. For reading and writing: a map opened for reading only cannot be mapped, and a
+/// link is refused.
+///
+/// # Errors
+/// As the kernel says.
+pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = path_name(path)?;
     let mut attr: bpf_attr = zeroed();
     attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
-    if read_only {
-        attr.__bindgen_anon_4.file_flags = aya_obj::generated::BPF_F_RDONLY;
-    }
     bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
 }
 
@@ -310,13 +315,13 @@ pub fn obj_pin(object: impl AsFd, path: &Path) -> io::Result<()> {
     let path = path_name(path)?;
     let mut attr: bpf_attr = zeroed();
     attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
-    attr.__bindgen_anon_4.bpf_fd = raw(object);
+    attr.__bindgen_anon_4.bpf_fd = raw(&object);
     bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
 fn object_info<T: Copy>(object: impl AsFd, info: &mut T) -> io::Result<()> {
     let mut attr: bpf_attr = zeroed();
-    attr.info.bpf_fd = raw(object);
+    attr.info.bpf_fd = raw(&object);
     attr.info.info_len = size_of::<T>() as u32;
     attr.info.info = std::ptr::from_mut(info) as u64;
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr).map(drop)
@@ -338,7 +343,7 @@ pub enum Kind {
 /// # Errors
 /// The descriptor is none of eBPF.
 pub fn kind_of(object: impl AsFd) -> io::Result<Kind> {
-    let target = std::fs::read_link(format!("/proc/self/fd/{}", raw(object)))?;
+    let target = std::fs::read_link(format!("/proc/self/fd/{}", raw(&object)))?;
     match target.to_str() {
         Some("anon_inode:bpf-map") => Ok(Kind::Map),
         Some("anon_inode:bpf-prog") => Ok(Kind::Program),
@@ -382,10 +387,56 @@ pub fn link_info(link: impl AsFd) -> io::Result<bpf_link_info> {
     Ok(info)
 }
 
+/// An empty info struct.
+#[cfg(test)]
+pub fn zeroed_map_info() -> bpf_map_info {
+    zeroed()
+}
+
 /// Name in an info struct.
 pub fn name_of(field: &[c_char; 16]) -> String {
     let bytes: Vec<u8> = field.iter().map(|byte| *byte as u8).collect();
     CStr::from_bytes_until_nul(&bytes)
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default()
+}
+
+/// Id of the cgroup that a link is attached to (0: the cgroup is gone), and its hook.
+pub fn cgroup_of(link: &bpf_link_info) -> (u64, u32) {
+    // SAFETY: plain integers; meaningful when `type_` says cgroup, which the caller looks at.
+    let cgroup = unsafe { link.__bindgen_anon_1.cgroup };
+    (cgroup.cgroup_id, cgroup.attach_type)
+}
+
+/// A field of the descriptor's /proc/self/fdinfo.
+///
+/// # Errors
+/// It cannot be read.
+pub fn fd_field(fd: impl AsFd, field: &str) -> io::Result<Option<String>> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", raw(&fd)))?;
+    let value = |line: &str| {
+        Some(
+            line.strip_prefix(field)?
+                .strip_prefix(':')?
+                .trim()
+                .to_owned(),
+        )
+    };
+    Ok(text.lines().find_map(value))
+}
+
+/// CPUs that the kernel keeps per-CPU values for.
+///
+/// # Errors
+/// The kernel could not be read.
+pub fn possible_cpus() -> io::Result<usize> {
+    let ranges = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
+    let count = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(last.parse::<usize>().ok()? + 1 - first.parse::<usize>().ok()?)
+    };
+    let counts: Option<Vec<usize>> = ranges.trim().split(',').map(count).collect();
+    counts
+        .map(|counts| counts.iter().sum())
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }

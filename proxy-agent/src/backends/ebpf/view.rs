@@ -1,24 +1,33 @@
 //! Pinned maps seen from outside: for `dump` and `explain`, with the agent dead or alive. Takes no lock, writes nothing.
 
-use std::path::Path;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use proxy_ebpf::{
     abi::{
         Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, Meta, Name, Peer,
-        PeerKey, Policy, Reason, Service, SetWord, Slot, Socket, Stats,
+        PeerKey, Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats,
     },
     lb::{self, Scope},
 };
 
 use super::{
-    maps::Hash,
+    dir::Directory,
+    kernel,
+    links::{self, Hook, Place},
+    maps::{Hash, per_cpu_totals},
+    refused::refused,
     store::Capacity,
-    tables::{Fds, Tables, hash},
+    sys,
+    tables::{Fds, Tables, handle, hash},
 };
 use crate::backends::Error;
 
 /// The current generation of the maps below a directory.
 pub struct PinnedMaps {
+    links: PathBuf,
     fds: Fds,
     tables: Tables,
     affinity: Hash<AffinityKey, AffinityValue>,
@@ -48,14 +57,12 @@ pub struct MapSummary {
 /// One pinned hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HookSummary {
-    /// Name of the hook: "connect4".
+    /// Name of the hook and of its program: "connect4".
     pub hook: &'static str,
     /// Id of the link.
     pub link: u32,
     /// Id of the program.
     pub program: u32,
-    /// Name of the program.
-    pub name: String,
     /// Tag of the program: what it does, whatever its maps are.
     pub tag: String,
     /// Id of the cgroup that it is attached to; 0 for iterators.
@@ -68,9 +75,10 @@ impl PinnedMaps {
     /// # Errors
     /// There is none, or it cannot be read.
     pub fn open(bpf_dir: &Path) -> Result<Self, Error> {
-        let fds = Fds::new();
-        let _ = bpf_dir;
+        let dir = Directory::look(bpf_dir)?;
+        let (_, fds) = kernel::current(&dir)?;
         Ok(Self {
+            links: bpf_dir.join("links"),
             tables: Tables::new(&fds, false)?,
             affinity: hash(&fds, "AFFINITY")?,
             fds,
@@ -148,12 +156,17 @@ impl PinnedMaps {
         hash(&self.fds, "PEERS")?.entries()
     }
 
-    /// Translated sockets.
+    /// Every translated socket of the node.
     ///
     /// # Errors
     /// As above, or the kernel has no iterator over socket storage.
-    pub fn sockets(&self) -> Result<Vec<Socket>, Error> {
-        Ok(Vec::new())
+    pub fn sockets(&self) -> Result<Vec<SocketRecord>, Error> {
+        let path = self.links.join(Hook::ListSockets.name());
+        let bytes = fs::read(&path).map_err(|error| refused("read", path.display(), error))?;
+        Ok(bytes
+            .chunks_exact(size_of::<SocketRecord>())
+            .map(sys::from_prefix)
+            .collect())
     }
 
     /// Ids of the cgroups whose sockets are left alone.
@@ -170,23 +183,86 @@ impl PinnedMaps {
     /// # Errors
     /// As above.
     pub fn reasons(&self) -> Result<Vec<(Reason, u64)>, Error> {
-        Ok(Vec::new())
+        let totals = per_cpu_totals(&handle(&self.fds, "REASONS")?)
+            .map_err(|error| refused("read", "map REASONS", error))?;
+        Ok(Reason::ALL.into_iter().zip(totals).collect())
     }
 
-    /// Every pinned map of the generation.
+    /// Every pinned map of the generation, by name.
     ///
     /// # Errors
     /// As above.
     pub fn maps(&self) -> Result<Vec<MapSummary>, Error> {
-        Ok(Vec::new())
+        let mut summaries = Vec::new();
+        for (name, map) in &self.fds {
+            let failed = |error| refused("read", format_args!("map {name}"), error);
+            let info = sys::map_info(map).map_err(failed)?;
+            let memory = sys::fd_field(map, "memlock").map_err(failed)?;
+            summaries.push(MapSummary {
+                name: name.clone(),
+                id: info.id,
+                map_type: kernel::type_name(info.type_),
+                key_size: info.key_size,
+                value_size: info.value_size,
+                entries: self.entries(name)?,
+                capacity: info.max_entries,
+                bytes: memory.and_then(|bytes| bytes.parse().ok()).unwrap_or(0),
+            });
+        }
+        Ok(summaries)
     }
 
-    /// Every pinned hook.
+    /// Entries in use. Of an array: those that are not all zero, as far as that says something.
+    fn entries(&self, name: &str) -> Result<Option<u32>, Error> {
+        let count = |used: usize| Some(used as u32);
+        let tables = &self.tables;
+        Ok(match name {
+            "FRONTENDS" => count(tables.frontends.entries()?.len()),
+            "VIPS" => count(tables.vips.entries()?.len()),
+            "LOCAL_ADDRS" => count(tables.addresses.entries()?.len()),
+            "AFFINITY" => count(self.affinity.entries()?.len()),
+            "PEERS" => count(self.peers()?.len()),
+            "OPTOUT" => count(self.opt_out()?.len()),
+            "SERVICES" => Some(tables.services.used()),
+            "NAMES" => Some(tables.names.used()),
+            "SLOTS" => Some(tables.slots.used()),
+            "STATS" => Some(tables.stats.used()),
+            "META" => Some(tables.meta.used()),
+            // A free member keeps its generation.
+            "MEMBERS" => count(
+                (0..tables.members.len())
+                    .filter(|index| tables.members.read::<Member>(*index).word.bits() != 0)
+                    .count(),
+            ),
+            _ => None,
+        })
+    }
+
+    /// Every pinned hook, in the order in which they are attached.
     ///
     /// # Errors
     /// As above.
     pub fn hooks(&self) -> Result<Vec<HookSummary>, Error> {
-        Ok(Vec::new())
+        let mut summaries = Vec::new();
+        for hook in Hook::ALL {
+            let Some((link, info)) = links::pinned_link(&self.links, hook)? else {
+                continue;
+            };
+            let tag = sys::fd_field(&link, "prog_tag")
+                .map_err(|error| refused("read", format_args!("hook {}", hook.name()), error))?;
+            let cgroup = match hook.place() {
+                Place::Cgroup(_) => sys::cgroup_of(&info).0,
+                Place::Iterator { .. } => 0,
+            };
+            summaries.push(HookSummary {
+                hook: hook.name(),
+                link: info.id,
+                program: info.prog_id,
+                tag: tag.unwrap_or_default(),
+                cgroup,
+            });
+        }
+        Ok(summaries)
     }
 }
 

@@ -43,24 +43,21 @@ pub struct Debug<'a> {
 /// What the kernel said, and the verifier's log.
 pub fn prog_load(spec: &ProgSpec<'_>) -> Result<OwnedFd, (io::Error, String)> {
     let mut attr: bpf_attr = zeroed();
-    let load = aya_obj::generated::bpf_attr__bindgen_ty_4 {
-        prog_type: spec.prog_type,
-        insn_cnt: spec.insns.len() as u32,
-        insns: address(spec.insns),
-        license: spec.license.as_ptr() as u64,
-        prog_name: object_name(spec.name),
-        expected_attach_type: spec.attach_type as u32,
-        attach_btf_id: spec.attach_btf_id,
-        ..zeroed()
-    };
-    attr.__bindgen_anon_3 = load;
+    // Field by field: assigning a whole struct would copy its padding, which later kernels read as fields.
+    attr.__bindgen_anon_3.prog_type = spec.prog_type;
+    attr.__bindgen_anon_3.insn_cnt = spec.insns.len() as u32;
+    attr.__bindgen_anon_3.insns = address(spec.insns);
+    attr.__bindgen_anon_3.license = spec.license.as_ptr() as u64;
+    attr.__bindgen_anon_3.prog_name = object_name(spec.name);
+    attr.__bindgen_anon_3.expected_attach_type = spec.attach_type as u32;
+    attr.__bindgen_anon_3.attach_btf_id = spec.attach_btf_id;
     if let Some(Debug {
         btf,
         functions,
         lines,
     }) = spec.debug
     {
-        attr.__bindgen_anon_3.prog_btf_fd = raw(btf);
+        attr.__bindgen_anon_3.prog_btf_fd = raw(&btf);
         if functions.1 > 0 {
             attr.__bindgen_anon_3.func_info = address(functions.0);
             attr.__bindgen_anon_3.func_info_rec_size = functions.1 as u32;
@@ -111,8 +108,8 @@ pub fn link_create(
     hook: bpf_attach_type,
 ) -> io::Result<OwnedFd> {
     let mut attr: bpf_attr = zeroed();
-    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
-    attr.link_create.__bindgen_anon_2.target_fd = raw(cgroup);
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(&program);
+    attr.link_create.__bindgen_anon_2.target_fd = raw(&cgroup);
     attr.link_create.attach_type = hook as u32;
     bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }
@@ -123,8 +120,8 @@ pub fn link_create(
 /// As the kernel says.
 pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     let mut attr: bpf_attr = zeroed();
-    attr.link_update.link_fd = raw(link);
-    attr.link_update.__bindgen_anon_1.new_prog_fd = raw(program);
+    attr.link_update.link_fd = raw(&link);
+    attr.link_update.__bindgen_anon_1.new_prog_fd = raw(&program);
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
 }
 
@@ -134,9 +131,9 @@ pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
 /// As the kernel says.
 pub fn iter_link(program: impl AsFd, map: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
     // union bpf_iter_link_info: its first member is the map's descriptor; the kernel wants the rest zero.
-    let info = [map.map_or(0, raw), 0, 0, 0];
+    let info = [map.map_or(0, |fd| raw(&fd)), 0, 0, 0];
     let mut attr: bpf_attr = zeroed();
-    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(&program);
     attr.link_create.attach_type = bpf_attach_type::BPF_TRACE_ITER as u32;
     if map.is_some() {
         attr.link_create.__bindgen_anon_3.__bindgen_anon_1.iter_info = address(&info);
@@ -154,7 +151,7 @@ pub fn iter_link(program: impl AsFd, map: Option<BorrowedFd<'_>>) -> io::Result<
 /// As the kernel says.
 pub fn iter_file(link: impl AsFd) -> io::Result<File> {
     let mut attr: bpf_attr = zeroed();
-    attr.iter_create.link_fd = raw(link);
+    attr.iter_create.link_fd = raw(&link);
     bpf_fd(bpf_cmd::BPF_ITER_CREATE, &mut attr).map(File::from)
 }
 
@@ -165,7 +162,7 @@ pub fn iter_file(link: impl AsFd) -> io::Result<File> {
 pub fn prog_query(cgroup: impl AsFd, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
     let mut ids = vec![0_u32; 64];
     let mut attr: bpf_attr = zeroed();
-    attr.query.__bindgen_anon_1.target_fd = raw(cgroup);
+    attr.query.__bindgen_anon_1.target_fd = raw(&cgroup);
     attr.query.attach_type = hook as u32;
     attr.query.prog_ids = ids.as_mut_ptr() as u64;
     attr.query.__bindgen_anon_2.prog_cnt = ids.len() as u32;
@@ -202,3 +199,14 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
 
 /// `include/uapi/asm-generic/socket.h`; the same on x86_64 and aarch64.
 const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// One instruction of a small program.
+pub fn insn(code: u8, dst: u8, imm: i32) -> bpf_insn {
+    let mut insn = bpf_insn {
+        code,
+        imm,
+        ..zeroed()
+    };
+    insn.set_dst_reg(dst);
+    insn
+}

@@ -1,0 +1,456 @@
+//! The life of a generation, on the real kernel: in a directory and a cgroup of the test's own, where no traffic flows.
+
+use std::{fs, time::Duration};
+
+use proxy_ebpf::{
+    abi::{
+        Addr, Be16, FrontendKey, FrontendValue, Member, MemberWord, Policy, Service, SetWord, Slot,
+        TCP, kind,
+    },
+    lb::Scope,
+};
+
+use super::{
+    super::{
+        links::{Hook, Place},
+        store::Store,
+        sys::MapSpec,
+        view::PinnedMaps,
+    },
+    *,
+};
+
+/// A directory on the bpffs and a cgroup, both gone at the end.
+struct Node {
+    bpf_dir: PathBuf,
+    cgroup: PathBuf,
+}
+
+impl Node {
+    fn new() -> Self {
+        let thread = std::thread::current();
+        let test = thread
+            .name()
+            .and_then(|name| name.rsplit("::").next())
+            .unwrap_or("main");
+        let name = format!("proxy-agent-test-{}-{test}", std::process::id());
+        let cgroup = probe::cgroup_root().unwrap().join(&name);
+        fs::create_dir(&cgroup).unwrap();
+        Self {
+            bpf_dir: PathBuf::from("/sys/fs/bpf").join(name),
+            cgroup,
+        }
+    }
+
+    fn open(&self) -> Result<KernelStore, Error> {
+        KernelStore::open(OpenOptions {
+            bpf_dir: self.bpf_dir.clone(),
+            cgroup: Some(self.cgroup.clone()),
+            node_name: "n1".to_owned(),
+            lease: None,
+            log: false,
+        })
+    }
+
+    fn view(&self) -> PinnedMaps {
+        PinnedMaps::open(&self.bpf_dir).unwrap()
+    }
+
+    /// An agent that has published one frontend with one backend.
+    fn published(&self) -> KernelStore {
+        let mut store = self.open().unwrap();
+        store.reserve(&Capacity::default()).unwrap();
+        fill(&mut store);
+        store.publish().unwrap();
+        store
+    }
+
+    fn links(&self) -> Vec<(u32, u32)> {
+        self.view()
+            .hooks()
+            .unwrap()
+            .iter()
+            .map(|hook| (hook.link, hook.program))
+            .collect()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.bpf_dir);
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+fn key(port: u16) -> FrontendKey {
+    FrontendKey::new(Addr::from_v4_word(0x0100_600a), Be16::new(port), TCP)
+}
+
+fn fill(store: &mut KernelStore) {
+    store.write_slots(
+        7,
+        &[Slot {
+            member: 3,
+            generation: 5,
+            ..Slot::default()
+        }],
+    );
+    let member = Member {
+        word: MemberWord::new(9, MemberWord::SERVING),
+        ..Member::default()
+    };
+    store.write_member(3, &member);
+    store.write_service(
+        2,
+        &Service {
+            used: 1,
+            ..Service::default()
+        },
+    );
+    store.commit_set(2, Scope::Cluster, SetWord::new(7, 1, 5));
+    store.commit_policy(2, Policy::new(0, 60));
+    store
+        .upsert_frontends(&[(
+            key(80),
+            FrontendValue::new(&key(80), 2, kind::CLUSTER_IP, 0),
+        )])
+        .unwrap();
+}
+
+fn assert_filled(store: &KernelStore) {
+    let service = store.service(2);
+    assert_eq!((service.cluster, service.used), (SetWord::new(7, 1, 5), 1));
+    assert_eq!(service.policy.affinity_seconds(), 60);
+    assert_eq!((store.slot(7).member, store.slot(7).generation), (3, 5));
+    assert_eq!(
+        store.member(3).word,
+        MemberWord::new(9, MemberWord::SERVING)
+    );
+    let frontends = store.frontends().unwrap();
+    assert_eq!(
+        frontends,
+        [(
+            key(80),
+            FrontendValue::new(&key(80), 2, kind::CLUSTER_IP, 0)
+        )]
+    );
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn a_fresh_node_gets_small_maps_and_every_hook() {
+    let node = Node::new();
+    let store = node.published();
+    assert_eq!(store.left_out(), []);
+    assert_eq!((store.generation(), store.capacity().services), (1, 1024));
+    let hooks = node.view().hooks().unwrap();
+    assert_eq!(hooks.len(), Hook::ALL.len(), "{hooks:#?}");
+    assert!(
+        hooks
+            .iter()
+            .all(|hook| hook.cgroup == 0 || hook.cgroup == store.cgroup.id())
+    );
+    assert_eq!(node.view().frontends().unwrap().len(), 1);
+    assert_eq!(node.view().sockets().unwrap(), []);
+    let maps = node.view().maps().unwrap();
+    let frontends = maps.iter().find(|map| map.name == "FRONTENDS").unwrap();
+    assert_eq!(
+        (frontends.map_type, frontends.entries, frontends.capacity),
+        ("hash", Some(1), 1024)
+    );
+    assert!(frontends.bytes > 0, "{maps:#?}");
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn a_restart_adopts_maps_and_links_and_writes_nothing() {
+    let node = Node::new();
+    drop(node.published());
+    let before = (
+        node.links(),
+        node.view().maps().unwrap(),
+        node.view().meta(),
+    );
+    let mut store = node.open().unwrap();
+    assert_filled(&store);
+    store.publish().unwrap();
+    assert_eq!(
+        (
+            node.links(),
+            node.view().maps().unwrap(),
+            node.view().meta()
+        ),
+        before
+    );
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn a_second_agent_is_refused_and_told_which_directory() {
+    let node = Node::new();
+    let store = node.published();
+    let error = node.open().err().unwrap().to_string();
+    assert!(
+        error.contains("another agent has") && error.contains("--bpf-dir"),
+        "{error}"
+    );
+    assert!(error.contains(node.bpf_dir.to_str().unwrap()), "{error}");
+    drop(store);
+    node.open().unwrap();
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn growth_keeps_entries_and_links_and_carries_what_programs_write() {
+    let node = Node::new();
+    let mut store = node.published();
+    store.tables().stats.add(2, 0, 41);
+    let before = node.view().maps().unwrap();
+    let links = node.links();
+    for swap in 0..20_u32 {
+        let need = Capacity {
+            slots: 4097 << swap.min(4),
+            frontends: 1025 + swap,
+            ..store.capacity()
+        };
+        store.reserve(&need).unwrap();
+        assert_filled(&store);
+        assert!(shapes::holds(&store.capacity(), &need));
+    }
+    let after = node.view().maps().unwrap();
+    for (old, new) in before.iter().zip(&after) {
+        let is_same = old.id == new.id;
+        let stays = !new.name.starts_with("rodata")
+            && !["SLOTS", "FRONTENDS", "META"].contains(&new.name.as_str());
+        assert_eq!(is_same, stays, "{}", new.name);
+    }
+    let moved = node.links();
+    assert!(
+        links
+            .iter()
+            .zip(&moved)
+            .all(|(old, new)| old.0 == new.0 && old.1 != new.1)
+    );
+    assert_eq!(store.stats(2).connections, 41);
+    assert_eq!(store.dir.generations().unwrap().len(), 1);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn counters_survive_a_growth_of_services() {
+    let node = Node::new();
+    let mut store = node.published();
+    store.tables().stats.add(2, 8, 17);
+    store
+        .reserve(&Capacity {
+            services: 5_000,
+            ..store.capacity()
+        })
+        .unwrap();
+    assert_eq!(
+        (store.stats(2).datagrams, store.capacity().services),
+        (17, 16_384)
+    );
+    assert_filled(&store);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn a_foreign_map_is_left_alone_and_a_generation_is_made_beside_it() {
+    let node = Node::new();
+    let store = node.published();
+    let pin = store
+        .current
+        .as_ref()
+        .unwrap()
+        .generation
+        .pin_path("FRONTENDS");
+    drop(store);
+    fs::remove_file(&pin).unwrap();
+    let foreign = MapSpec {
+        name: "theirs".to_owned(),
+        map_type: 1,
+        key_size: 4,
+        value_size: 4,
+        max_entries: 1,
+        ..MapSpec::default()
+    };
+    let foreign = super::super::sys::map_create(&foreign, None, None).unwrap();
+    super::super::sys::obj_pin(&foreign, &pin).unwrap();
+
+    let mut store = node.open().unwrap();
+    assert_eq!(store.generation(), 2);
+    assert_eq!(store.frontends().unwrap(), [], "lost with the pin");
+    assert_eq!(
+        store.service(2).cluster,
+        SetWord::new(7, 1, 5),
+        "ids are carried"
+    );
+    fill(&mut store);
+    store.publish().unwrap();
+    assert!(pin.exists(), "the foreign map stays");
+    assert_eq!(node.view().frontends().unwrap().len(), 1);
+    drop(store);
+    assert_eq!(
+        node.open().unwrap().generation(),
+        2,
+        "adopted, whatever lies beside it"
+    );
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn lost_indices_start_with_generations_that_no_socket_knows() {
+    let node = Node::new();
+    let store = node.published();
+    let pin = store
+        .current
+        .as_ref()
+        .unwrap()
+        .generation
+        .pin_path("MEMBERS");
+    drop(store);
+    fs::remove_file(pin).unwrap();
+    let store = node.open().unwrap();
+    assert_eq!(store.service(2), Service::default());
+    assert!(store.member(3).word.generation() > 9 && store.member(3).word.bits() == 0);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn an_unfinished_generation_is_removed() {
+    let node = Node::new();
+    let mut store = node.open().unwrap();
+    store.reserve(&Capacity::default()).unwrap();
+    assert!(
+        PinnedMaps::open(&node.bpf_dir).is_err(),
+        "nothing complete to show"
+    );
+    drop(store);
+    let store = node.open().unwrap();
+    assert_eq!(
+        (store.generation(), store.capacity()),
+        (0, Capacity::default())
+    );
+    assert_eq!(store.dir.generations().unwrap(), []);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn a_swap_that_was_cut_short_is_completed_at_the_next_start() {
+    let node = Node::new();
+    let mut store = node.published();
+    let object = Object::embedded(store.constants).unwrap();
+    let old = store.current.take().unwrap();
+    let recipe = Recipe {
+        old: &old.fds,
+        share: Share::WhatFits,
+        keep_ids: true,
+        need: Capacity {
+            members: 9_000,
+            ..Capacity::default()
+        },
+    };
+    let (generation, fds) = build::build(&store.dir, &object, 2, &recipe).unwrap();
+    let current = Current::new(generation, fds, false, None).unwrap();
+    store.stamp(&current, true);
+    let links = node.links();
+    drop(store);
+
+    let store = node.open().unwrap();
+    assert_eq!(store.generation(), 2);
+    assert_filled(&store);
+    assert!(
+        node.links()
+            .iter()
+            .zip(&links)
+            .all(|(new, old)| new.0 == old.0 && new.1 != old.1)
+    );
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn batches_insert_replace_and_delete_across_chunks() {
+    let node = Node::new();
+    let mut store = node.open().unwrap();
+    store
+        .reserve(&Capacity {
+            frontends: 20_000,
+            ..Capacity::default()
+        })
+        .unwrap();
+    let entry = |port: u16| {
+        (
+            key(port),
+            FrontendValue::new(&key(port), u32::from(port), 1, 0),
+        )
+    };
+    let entries: Vec<_> = (1..=20_000).map(entry).collect();
+    store.upsert_frontends(&entries).unwrap();
+    let mut read = store.frontends().unwrap();
+    read.sort_unstable_by_key(|(key, _)| key.port.host());
+    assert_eq!(read, entries);
+    let odd: Vec<_> = (1..=20_000).step_by(2).map(key).collect();
+    store.delete_frontends(&odd).unwrap();
+    assert_eq!(store.frontends().unwrap().len(), 10_000);
+    // Missing keys, the odd ones, are no error.
+    let all: Vec<_> = (1..=20_000).map(key).collect();
+    store.delete_frontends(&all).unwrap();
+    assert_eq!(store.frontends().unwrap(), []);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn a_grace_period_takes_a_second_and_does_not_block() {
+    let node = Node::new();
+    let mut store = node.open().unwrap();
+    let start = std::time::Instant::now();
+    let first = store.start_grace();
+    let second = store.start_grace();
+    assert!(start.elapsed() < Duration::from_millis(100) && store.grace_over() < first);
+    store.wait_grace(second);
+    assert!(start.elapsed() >= Duration::from_secs(1) && start.elapsed() < Duration::from_secs(3));
+    assert_eq!(store.grace_over(), second);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn excluded_cgroups_are_told_to_the_programs() {
+    let node = Node::new();
+    let mut store = node.published();
+    store.set_opt_out(&BTreeSet::from([7, 9])).unwrap();
+    let flag = || node.view().meta().flags & meta_flags::OPT_OUT;
+    assert_eq!(flag(), meta_flags::OPT_OUT);
+    store.set_opt_out(&BTreeSet::from([9])).unwrap();
+    assert_eq!(node.view().opt_out().unwrap(), [9]);
+    store.set_opt_out(&BTreeSet::new()).unwrap();
+    assert_eq!(flag(), 0);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn cleanup_leaves_nothing_and_is_refused_while_an_agent_runs() {
+    let node = Node::new();
+    let store = node.published();
+    let error = cleanup(&node.bpf_dir).unwrap_err().to_string();
+    assert!(error.contains("another agent"), "{error}");
+    drop(store);
+    cleanup(&node.bpf_dir).unwrap();
+    assert!(!node.bpf_dir.exists());
+    let served = fs::File::open(&node.cgroup).unwrap();
+    for hook in Hook::ALL {
+        if let Place::Cgroup(place) = hook.place() {
+            let left = super::super::sys::prog_query(&served, place).unwrap();
+            assert!(left.is_empty(), "{}: {left:?}", hook.name());
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn this_node_can_run_the_programs() {
+    let node = Node::new();
+    let report = probe::probe(&node.bpf_dir, Some(&node.cgroup));
+    assert_eq!(report.missing, []);
+    assert!(report.is_usable() && !report.kernel.is_empty());
+}

@@ -1,0 +1,335 @@
+//! The hooks: which programs run where, in which order they change, and their pinned links.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use aya_obj::generated::{bpf_attach_type, bpf_link_info, bpf_link_type};
+
+use super::{
+    dir::{Generation, pin_over},
+    refused::refused,
+    sys,
+    tables::Fds,
+};
+use crate::backends::Error;
+
+/// One place in the kernel where a program of ours runs, and the name of that program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hook {
+    /// getpeername() on an IPv4 socket.
+    GetPeerName4,
+    /// getpeername() on an IPv6 socket.
+    GetPeerName6,
+    /// recvmsg() on an IPv4 socket.
+    RecvMsg4,
+    /// recvmsg() on an IPv6 socket.
+    RecvMsg6,
+    /// Lists every translated socket; read by `dump`.
+    ListSockets,
+    /// Lists the connected UDP sockets whose backend is dead; read by the agent.
+    ListDead,
+    /// Destroys the connected UDP sockets, of the reader's network namespace, whose backend is dead.
+    KillDead,
+    /// sendmsg() on an IPv4 socket.
+    SendMsg4,
+    /// sendmsg() on an IPv6 socket.
+    SendMsg6,
+    /// connect() on an IPv4 socket.
+    Connect4,
+    /// connect() on an IPv6 socket.
+    Connect6,
+}
+
+/// Where a hook is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A hook of the node's cgroup.
+    Cgroup(bpf_attach_type),
+    /// An iterator of this name; over the elements of SOCKETS if so.
+    Iterator {
+        /// "udp", "bpf_sk_storage_map".
+        target: &'static str,
+        /// It walks over the elements of SOCKETS.
+        over_sockets: bool,
+    },
+}
+
+impl Hook {
+    /// In the order in which they are attached or moved: whoever undoes a translation is there before whoever makes it.
+    pub const ALL: [Self; 11] = [
+        Self::GetPeerName4,
+        Self::GetPeerName6,
+        Self::RecvMsg4,
+        Self::RecvMsg6,
+        Self::ListSockets,
+        Self::ListDead,
+        Self::KillDead,
+        Self::SendMsg4,
+        Self::SendMsg6,
+        Self::Connect4,
+        Self::Connect6,
+    ];
+
+    /// Name of the program and of the pinned link.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::GetPeerName4 => "getpeername4",
+            Self::GetPeerName6 => "getpeername6",
+            Self::RecvMsg4 => "recvmsg4",
+            Self::RecvMsg6 => "recvmsg6",
+            Self::ListSockets => "list_sockets",
+            Self::ListDead => "list_dead",
+            Self::KillDead => "kill_dead",
+            Self::SendMsg4 => "sendmsg4",
+            Self::SendMsg6 => "sendmsg6",
+            Self::Connect4 => "connect4",
+            Self::Connect6 => "connect6",
+        }
+    }
+
+    /// Where it is attached.
+    pub const fn place(self) -> Place {
+        match self {
+            Self::GetPeerName4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME),
+            Self::GetPeerName6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME),
+            Self::RecvMsg4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG),
+            Self::RecvMsg6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG),
+            Self::ListSockets | Self::ListDead => Place::Iterator {
+                target: "bpf_sk_storage_map",
+                over_sockets: true,
+            },
+            Self::KillDead => Place::Iterator {
+                target: "udp",
+                over_sockets: false,
+            },
+            Self::SendMsg4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG),
+            Self::SendMsg6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG),
+            Self::Connect4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET4_CONNECT),
+            Self::Connect6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET6_CONNECT),
+        }
+    }
+
+    /// Whether the socket layer can do without it.
+    pub const fn is_optional(self) -> bool {
+        matches!(self.place(), Place::Iterator { .. })
+    }
+}
+
+/// The cgroup that the hooks are attached to.
+pub struct Cgroup {
+    handle: File,
+    path: PathBuf,
+    id: u64,
+}
+
+/// `CGROUP2_SUPER_MAGIC`, `include/uapi/linux/magic.h`.
+const CGROUP2_MAGIC: i64 = 0x6367_7270;
+
+impl Cgroup {
+    /// Opens a directory of a cgroup v2 hierarchy.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let failed = |error| refused("open cgroup", path.display(), error);
+        let handle = File::open(path).map_err(failed)?;
+        let stat = nix::sys::statfs::fstatfs(&handle).map_err(|errno| failed(errno.into()))?;
+        if stat.filesystem_type().0 as i64 & 0xffff_ffff != CGROUP2_MAGIC {
+            return Err(Error::Unusable(format!(
+                "{} is not in a cgroup v2 hierarchy; `mount -t cgroup2 none DIR` makes one, --cgroup DIR names it",
+                path.display()
+            )));
+        }
+        // The inode number of a cgroup's directory is its id (kernfs, 64-bit since v5.5).
+        let id = std::os::unix::fs::MetadataExt::ino(&handle.metadata().map_err(failed)?);
+        Ok(Self {
+            handle,
+            path: path.to_owned(),
+            id,
+        })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// What [`attach`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attached {
+    /// The very same program on the same maps was there already.
+    Kept,
+    /// A new link.
+    Created,
+    /// The program of the pinned link was replaced, atomically.
+    Moved,
+}
+
+/// Makes `hook` run `program`, and pins the program in `generation`.
+///
+/// # Errors
+/// The kernel refused, or something that is no link is pinned in the link's place.
+pub fn attach(
+    links: &Path,
+    generation: &Generation,
+    hook: Hook,
+    program: &OwnedFd,
+    cgroup: &Cgroup,
+    maps: &Fds,
+) -> Result<Attached, Error> {
+    let path = links.join(hook.name());
+    let object = || format!("hook {} on {}", hook.name(), cgroup.path.display());
+    let failed = |error| refused("attach", object(), error);
+    let sockets = maps.get("SOCKETS");
+    let existing = existing_link(&path)?;
+    let usable = match &existing {
+        Some(link) => serves(link, hook, cgroup, sockets).map_err(failed)?,
+        None => false,
+    };
+    let outcome = match existing {
+        Some(link) if usable => {
+            let attached = sys::link_info(&link).map_err(failed)?.prog_id;
+            if is_same_program(generation, hook, attached, program).map_err(failed)? {
+                return Ok(Attached::Kept);
+            }
+            sys::link_update(&link, program).map_err(failed)?;
+            Attached::Moved
+        }
+        Some(_) | None => {
+            let link = match hook.place() {
+                Place::Cgroup(hook) => sys::link_create(program, &cgroup.handle, hook),
+                Place::Iterator { over_sockets, .. } => {
+                    sys::iter_link(program, sockets.filter(|_| over_sockets).map(AsFd::as_fd))
+                }
+            };
+            pin_over(&path, link.map_err(failed)?)?;
+            Attached::Created
+        }
+    };
+    generation.pin(hook.name(), program)?;
+    Ok(outcome)
+}
+
+fn existing_link(path: &Path) -> Result<Option<OwnedFd>, Error> {
+    let object = match sys::obj_get(path) {
+        Ok(object) => object,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(refused("open", path.display(), error)),
+    };
+    match sys::kind_of(&object) {
+        Ok(sys::Kind::Link) => Ok(Some(object)),
+        Ok(sys::Kind::Map | sys::Kind::Program) | Err(_) => Err(Error::Unusable(format!(
+            "{} is not a link and not ours; remove it, the agent then attaches the hook again",
+            path.display()
+        ))),
+    }
+}
+
+/// Whether `link` is attached where `hook` wants it: a link outlives its cgroup, and --cgroup may have changed.
+fn serves(
+    link: &OwnedFd,
+    hook: Hook,
+    cgroup: &Cgroup,
+    sockets: Option<&OwnedFd>,
+) -> io::Result<bool> {
+    let info = sys::link_info(link)?;
+    Ok(match hook.place() {
+        Place::Cgroup(hook) => {
+            info.type_ == bpf_link_type::BPF_LINK_TYPE_CGROUP as u32
+                && sys::cgroup_of(&info) == (cgroup.id, hook as u32)
+        }
+        Place::Iterator { over_sockets, .. } => {
+            let wanted = match sockets.filter(|_| over_sockets) {
+                Some(sockets) => sys::map_info(sockets)?.id,
+                None => 0,
+            };
+            info.type_ == bpf_link_type::BPF_LINK_TYPE_ITER as u32
+                && (!over_sockets || iterated_map(link)? == wanted)
+        }
+    })
+}
+
+/// Map of an iterator's link. From fdinfo: the info struct has it only together with the target's name.
+fn iterated_map(link: &OwnedFd) -> io::Result<u32> {
+    Ok(sys::fd_field(link, "map_id")?
+        .and_then(|id| id.parse().ok())
+        .unwrap_or(0))
+}
+
+/// Whether the attached program is the one pinned in this generation, and does what `program` does on the same maps.
+fn is_same_program(
+    generation: &Generation,
+    hook: Hook,
+    attached: u32,
+    program: &OwnedFd,
+) -> io::Result<bool> {
+    let Some(pinned) = generation.open(hook.name(), sys::Kind::Program) else {
+        return Ok(false);
+    };
+    let (pinned, pinned_maps) = sys::prog_info(&pinned)?;
+    let (wanted, wanted_maps) = sys::prog_info(program)?;
+    Ok(pinned.id == attached && pinned.tag == wanted.tag && pinned_maps == wanted_maps)
+}
+
+/// Whether every pinned link runs the program that is pinned in `generation`.
+///
+/// # Errors
+/// The kernel could not be read.
+pub fn all_belong_to(links: &Path, generation: &Generation) -> Result<bool, Error> {
+    for hook in Hook::ALL {
+        let path = links.join(hook.name());
+        let failed = |error| refused("read", path.display(), error);
+        let Some(link) = existing_link(&path)? else {
+            continue;
+        };
+        let attached = sys::link_info(&link).map_err(failed)?.prog_id;
+        let pinned = generation.open(hook.name(), sys::Kind::Program);
+        let pinned = pinned.map(sys::prog_info).transpose().map_err(failed)?;
+        if pinned.is_none_or(|(pinned, _)| pinned.id != attached) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// What is pinned as a hook's link.
+///
+/// # Errors
+/// The kernel could not be read.
+pub fn pinned_link(links: &Path, hook: Hook) -> Result<Option<(OwnedFd, bpf_link_info)>, Error> {
+    let path = links.join(hook.name());
+    let Some(link) = existing_link(&path)? else {
+        return Ok(None);
+    };
+    let info = sys::link_info(&link).map_err(|error| refused("read", path.display(), error))?;
+    Ok(Some((link, info)))
+}
+
+/// Detaches every hook: those that translate first, those that undo translations last.
+///
+/// # Errors
+/// The kernel refused; the hooks before it are gone.
+pub fn detach_all(links: &Path) -> Result<(), Error> {
+    for hook in Hook::ALL.into_iter().rev() {
+        let path = links.join(hook.name());
+        if existing_link(&path)?.is_some() {
+            fs::remove_file(&path).map_err(|error| refused("remove", path.display(), error))?;
+        }
+    }
+    match fs::remove_dir(links) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(refused("remove", links.display(), error))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}

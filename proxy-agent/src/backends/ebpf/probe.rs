@@ -1,0 +1,249 @@
+//! What this node offers the socket layer: for `check`, and for the choice of a mode.
+
+use std::{
+    fmt, fs,
+    os::unix::net::UnixDatagram,
+    path::{Path, PathBuf},
+};
+
+use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
+
+use super::{dir, kernel, kfuncs::KernelBtf, links::Cgroup, load::Constants, sys};
+use crate::backends::Error;
+
+/// Something that the socket layer needs or can use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, or root.
+    Privilege,
+    /// The kernel describes its types.
+    KernelBtf,
+    /// A file system for pins.
+    BpfFs,
+    /// A cgroup v2 hierarchy.
+    Cgroup,
+    /// The kernel accepts the programs.
+    Programs,
+    /// `bpf_set_retval`: ECONNREFUSED where nothing is usable.
+    Refusal,
+    /// SO_NETNS_COOKIE: which sockets are the host's own.
+    NetnsCookie,
+    /// An iterator and what it needs.
+    Iterator,
+}
+
+impl fmt::Display for Need {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Privilege => "privileges",
+            Self::KernelBtf => "kernel BTF",
+            Self::BpfFs => "bpffs",
+            Self::Cgroup => "cgroup v2",
+            Self::Programs => "eBPF programs",
+            Self::Refusal => "refusals",
+            Self::NetnsCookie => "network namespace cookies",
+            Self::Iterator => "socket iterators",
+        })
+    }
+}
+
+/// Something that is missing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// What.
+    pub need: Need,
+    /// The socket layer cannot do without it.
+    pub is_required: bool,
+    /// What was found, and what helps.
+    pub text: String,
+}
+
+/// What this node offers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Release of the running kernel.
+    pub kernel: String,
+    /// The cgroup that would be served.
+    pub cgroup: Option<PathBuf>,
+    /// What is missing.
+    pub missing: Vec<Missing>,
+}
+
+impl Report {
+    /// Whether the socket layer can run here.
+    pub fn is_usable(&self) -> bool {
+        self.missing.iter().all(|missing| !missing.is_required)
+    }
+
+    fn note(&mut self, need: Need, is_required: bool, text: String) {
+        self.missing.push(Missing {
+            need,
+            is_required,
+            text,
+        });
+    }
+}
+
+/// Looks at this node. Attaches and pins nothing.
+pub fn probe(bpf_dir: &Path, cgroup: Option<&Path>) -> Report {
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut report = Report {
+        kernel: kernel.trim().to_owned(),
+        ..Report::default()
+    };
+    if let Some(lacking) = lacking_capabilities() {
+        let text =
+            format!("the agent lacks {lacking}; run it as root, or give it these capabilities");
+        report.note(Need::Privilege, true, text);
+    }
+    if let Err(error) = KernelBtf::read() {
+        report.note(Need::KernelBtf, true, error.to_string());
+    }
+    if let Err(error) = dir::check_bpffs(bpf_dir) {
+        report.note(Need::BpfFs, true, error.to_string());
+    }
+    let root = cgroup.map_or_else(cgroup_root, |path| Ok(path.to_owned()));
+    match root.and_then(|path| Cgroup::open(&path)) {
+        Ok(cgroup) => report.cgroup = Some(cgroup.path().to_owned()),
+        Err(error) => report.note(Need::Cgroup, true, error.to_string()),
+    }
+    if own_netns_cookie() == 0 {
+        let text =
+            "the kernel has no SO_NETNS_COOKIE (5.14); node ports on 127.0.0.1 are not served"
+                .to_owned();
+        report.note(Need::NetnsCookie, false, text);
+    }
+    // Without these the programs cannot be loaded anyway.
+    if report.is_usable() {
+        try_programs(&mut report);
+    }
+    report
+}
+
+fn try_programs(report: &mut Report) {
+    let can_refuse = has_set_retval();
+    if !can_refuse {
+        let text = "the kernel has no bpf_set_retval for these hooks (5.18); connections to a Service without endpoints \
+                    are left to the packet layer instead of being refused at once"
+            .to_owned();
+        report.note(Need::Refusal, false, text);
+    }
+    let constants = Constants {
+        can_refuse,
+        log: false,
+    };
+    match kernel::try_load(constants) {
+        Ok(left_out) => {
+            for program in left_out {
+                let text = format!("{}: {}", program.program, program.reason);
+                report.note(Need::Iterator, false, text);
+            }
+        }
+        Err(error) => report.note(Need::Programs, true, error.to_string()),
+    }
+}
+
+/// Names of the capabilities that this process lacks, if any. `CAP_SYS_ADMIN` stands for CAP_BPF and CAP_PERFMON.
+fn lacking_capabilities() -> Option<String> {
+    const SYS_ADMIN: u32 = 21;
+    const WANTED: [(u32, &str, bool); 3] = [
+        (12, "CAP_NET_ADMIN", false),
+        (38, "CAP_PERFMON", true),
+        (39, "CAP_BPF", true),
+    ];
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
+        .unwrap_or(0);
+    let has = |bit: u32| mask >> bit & 1 == 1;
+    let lacking: Vec<&str> = WANTED
+        .iter()
+        .filter(|(bit, _, by_admin)| !(has(*bit) || *by_admin && has(SYS_ADMIN)))
+        .map(|(_, name, _)| *name)
+        .collect();
+    (!lacking.is_empty()).then(|| lacking.join(", "))
+}
+
+/// Root of the cgroup v2 hierarchy, also where it is mounted beside v1 controllers.
+///
+/// # Errors
+/// None is mounted.
+pub fn cgroup_root() -> Result<PathBuf, Error> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    cgroup_root_in(&mounts).ok_or_else(|| {
+        Error::Unusable(
+            "no cgroup v2 hierarchy is mounted; `mount -t cgroup2 none /sys/fs/cgroup/unified` mounts one beside v1, or boot \
+             with systemd.unified_cgroup_hierarchy=1"
+                .to_owned(),
+        )
+    })
+}
+
+/// mountinfo: id, parent, device, root, mount point, options, optional fields, "-", type, source, options
+/// (proc_pid_mountinfo(5)).
+fn cgroup_root_in(mounts: &str) -> Option<PathBuf> {
+    let found: Vec<(&str, &str)> = mounts
+        .lines()
+        .filter_map(|line| {
+            let (before, after) = line.split_once(" - ")?;
+            let mut fields = before.split(' ').skip(3);
+            let (root, point) = (fields.next()?, fields.next()?);
+            (after.split(' ').next()? == "cgroup2").then_some((root, point))
+        })
+        .collect();
+    // A bind mount of a part of the hierarchy shows that part as its root.
+    let whole = found
+        .iter()
+        .find(|(root, _)| *root == "/")
+        .or(found.first())?;
+    Some(PathBuf::from(whole.1.replace("\\040", " ")))
+}
+
+/// Cookie of the network namespace that the agent runs in; 0 when the kernel cannot tell.
+pub fn own_netns_cookie() -> u64 {
+    UnixDatagram::unbound()
+        .and_then(sys::netns_cookie)
+        .unwrap_or(0)
+}
+
+/// Whether connect hooks may call `bpf_set_retval` (v5.18, b44123b4a3dc).
+pub fn has_set_retval() -> bool {
+    const SET_RETVAL: i32 = 187;
+    let insns = [
+        sys::insn(0xb7, 1, -libc::ECONNREFUSED),
+        sys::insn(0x85, 0, SET_RETVAL),
+        sys::insn(0xb7, 0, 1),
+        sys::insn(0x95, 0, 0),
+    ];
+    sys::prog_load(&sys::ProgSpec {
+        name: "probe",
+        prog_type: bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR as u32,
+        attach_type: bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+        attach_btf_id: 0,
+        insns: &insns,
+        license: c"GPL",
+        debug: None,
+    })
+    .is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cgroup_hierarchy_is_found_beside_v1_controllers() {
+        let mounts = "\
+24 30 0:22 / /proc rw - proc proc rw
+31 24 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw
+40 31 0:29 /pod /mnt/part rw shared:2 - cgroup2 cgroup2 rw
+41 31 0:29 / /sys/fs/cgroup/unified rw,relatime shared:9 master:1 - cgroup2 cgroup2 rw
+";
+        assert_eq!(
+            cgroup_root_in(mounts),
+            Some("/sys/fs/cgroup/unified".into())
+        );
+        assert_eq!(cgroup_root_in("24 30 0:22 / /proc rw - proc proc rw"), None);
+    }
+}
