@@ -11,7 +11,7 @@ use crate::{
     needs::Purpose,
     process::{self, Workspace},
     remedy,
-    toolchain::{Toolchain, Version},
+    toolchain::{CHOICE, Toolchain, Version},
 };
 
 /// Which ABI of the maps to build: ours, or what a future release looks like to the upgrade tests.
@@ -101,7 +101,7 @@ pub fn programs(workspace: &Workspace, abi: Abi) -> Result<PathBuf> {
     process::run(&mut cargo).with_context(|| {
         format!(
             "the eBPF programs did not build with {toolchain}; if bpf-linker said `Invalid record`, its LLVM is \
-             older than that: install a newer bpf-linker"
+             older than that: install a newer bpf-linker, or name another compiler in {CHOICE}"
         )
     })?;
     let built = workspace.target("ebpf/bpfel-unknown-none/bpf/proxy-ebpf");

@@ -1,6 +1,6 @@
 //! Says what a machine lacks (`cargo xtask check`), and brings it before it is needed.
 
-use std::fmt::Write as _;
+use std::{env, fmt::Write as _};
 
 use anyhow::{Context, Result, bail};
 
@@ -8,6 +8,7 @@ use crate::{
     arch,
     needs::{NEEDS, Need, Purpose, Source},
     process::{self, Workspace},
+    toolchain::{CHOICE, SYSTEM},
 };
 
 /// Debian's compiler beside the rustup one: the only packaged one with a library for the kernel's target.
@@ -162,8 +163,10 @@ impl Offers {
                 process::answer(workspace.command("apt-cache").arg("policy").args(packages));
             apt && candidates(&policy.unwrap_or_default()) == packages.len()
         };
+        // Somebody who asks for a rustup toolchain is not served by packages.
+        let refused = env::var(CHOICE).is_ok_and(|choice| choice != SYSTEM);
         Self {
-            compiler: offers(COMPILER_PACKAGES),
+            compiler: !refused && offers(COMPILER_PACKAGES),
             linker: offers(LINKER_PACKAGES),
             apt,
             rustup: process::in_path("rustup").is_some(),

@@ -14,8 +14,11 @@ use anyhow::{Result, bail};
 
 use crate::process::{self, Workspace};
 
-/// Overrides the choice: `system`, or the name of a rustup toolchain.
+/// Overrides the choice: [`SYSTEM`], or the name of a rustup toolchain.
 pub const CHOICE: &str = "XTASK_EBPF_TOOLCHAIN";
+
+/// The value of [`CHOICE`] for the distribution's compiler.
+pub const SYSTEM: &str = "system";
 
 const TARGET: &str = "bpfel-unknown-none";
 const SYSTEM_RUSTC: &str = "/usr/bin/rustc";
@@ -99,7 +102,7 @@ impl Toolchain {
     pub fn detect(workspace: &Workspace) -> Result<Self> {
         let choice = env::var(CHOICE).ok();
         let mut reasons = Vec::new();
-        if choice.as_deref().is_none_or(|choice| choice == "system") {
+        if choice.as_deref().is_none_or(|choice| choice == SYSTEM) {
             match system(workspace) {
                 Ok(found) => return Ok(found),
                 Err(reason) => reasons.push(reason),
