@@ -52,8 +52,11 @@ enum Task {
     /// Make a small cluster of network namespaces and show the kernel balancing real traffic in it.
     Demo {
         /// Leave it running, and say how to enter it.
-        #[arg(long)]
+        #[arg(long, conflicts_with = "remove")]
         keep: bool,
+        /// Remove what `--keep` left.
+        #[arg(long)]
+        remove: bool,
     },
     /// Measure, and compare with the target; results go to target/bench/NAME.json. Exit code 2: a target was missed.
     Bench {
@@ -77,7 +80,7 @@ fn main() -> ExitCode {
         Task::Build { release, next } => build::run(&workspace, release, next),
         Task::Check { fix } => remedy::check(&workspace, fix),
         Task::Test { filter, level } => test::run(&workspace, level, filter.as_deref()),
-        Task::Demo { keep } => test::demo(&workspace, keep),
+        Task::Demo { keep, remove } => test::demo(&workspace, keep, remove),
         Task::Bench { name } => test::bench(&workspace, &name),
         Task::Bless => test::bless(&workspace),
         Task::CheckArch => arch::check(&workspace),

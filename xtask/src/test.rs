@@ -199,7 +199,7 @@ pub fn bless(workspace: &Workspace) -> Result<()> {
 ///
 /// # Errors
 /// When something is missing or does not build.
-pub fn demo(workspace: &Workspace, keep: bool) -> Result<()> {
+pub fn demo(workspace: &Workspace, keep: bool, remove: bool) -> Result<()> {
     remedy::ensure(
         workspace,
         &[Purpose::Build, Purpose::Kernel, Purpose::Scenarios],
@@ -211,7 +211,10 @@ pub fn demo(workspace: &Workspace, keep: bool) -> Result<()> {
             .args(["build", "--package", PACKAGE, "--bins"]),
     )?;
     let mut demo = with_agent(workspace, &workspace.target("debug/demo"), agent);
-    become_it(demo.args(keep.then_some("--keep")))
+    become_it(
+        demo.args(keep.then_some("--keep"))
+            .args(remove.then_some("--remove")),
+    )
 }
 
 /// `cargo xtask bench NAME`: the same with an optimised agent; exit code 2 means a target was missed.
