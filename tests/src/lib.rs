@@ -13,6 +13,7 @@ pub mod manifests;
 pub mod names;
 pub mod peer;
 pub mod place;
+pub mod programs;
 pub mod scenario;
 pub mod server;
 pub mod topology;
