@@ -22,6 +22,7 @@ pub mod load;
 pub mod maps;
 mod observe;
 pub mod probe;
+mod quarantine;
 pub mod refused;
 pub mod render;
 mod room;

@@ -3,12 +3,13 @@
 //! Everything here can be read back from the maps (`observe`): it is an index over them, not a second truth. Members are
 //! four bytes each; the rest of them is read through the [`Store`].
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 
 use proxy_ebpf::abi::{Addr, FrontendKey, FrontendValue, SetWord, kind};
 
 use super::{
     extents::{Extents, Pool},
+    quarantine::{Freed, Quarantine},
     store::{Capacity, Store},
 };
 use crate::{backends::Error, state::ServicePort};
@@ -57,22 +58,6 @@ impl Strays {
     }
 }
 
-/// Something that a reader may still hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Freed {
-    /// Index into SERVICES.
-    Service(u32),
-    /// Index into MEMBERS.
-    Member(u32),
-    /// Slots.
-    Slots {
-        /// The first.
-        base: u32,
-        /// How many.
-        len: u32,
-    },
-}
-
 /// The index over the maps.
 #[derive(Debug, Default)]
 pub struct Ids {
@@ -94,10 +79,10 @@ pub struct Ids {
     pub strays: Strays,
     /// The last generation given to a set.
     pub generation: u32,
-    /// Freed, but no grace period has been started for it.
-    pub freed: Vec<Freed>,
-    /// Freed, with the grace period that has to be over; numbers ascend.
-    pub waiting: VecDeque<(u64, Freed)>,
+    /// What will be free.
+    pub quarantine: Quarantine,
+    /// The kernel refused more room than what is needed: it is not asked again before the next observation.
+    pub stay_small: bool,
 }
 
 impl Ids {
@@ -138,22 +123,14 @@ impl Ids {
         self.generation
     }
 
-    /// Starts the grace period of everything freed since the last one.
-    pub fn start_grace(&mut self, store: &mut impl Store) {
-        if !self.freed.is_empty() {
-            let number = store.start_grace();
-            self.waiting
-                .extend(self.freed.drain(..).map(|freed| (number, freed)));
-        }
-    }
-
     /// Takes back what no reader can hold any more.
-    pub fn reclaim(&mut self, store: &impl Store) {
-        if self.waiting.is_empty() {
+    pub fn reclaim(&mut self, store: &mut impl Store) {
+        self.quarantine.start_grace(store);
+        if self.quarantine.oldest().is_none() {
             return;
         }
         let over = store.grace_over();
-        while let Some((_, freed)) = self.waiting.pop_front_if(|(number, _)| *number <= over) {
+        while let Some(freed) = self.quarantine.pop(over) {
             match freed {
                 Freed::Service(index) => self.indices.release(index),
                 Freed::Member(index) => self.members.release(index),
@@ -204,13 +181,11 @@ impl Ids {
             if let Some(found) = attempt(self, have) {
                 return Ok(found);
             }
-            self.start_grace(store);
-            if let Some(&(oldest, _)) = self.waiting.front() {
-                store.wait_grace(oldest);
-                self.reclaim(store);
-                continue;
+            self.reclaim(store);
+            match self.quarantine.oldest() {
+                Some(oldest) => store.wait_grace(oldest),
+                None => store.reserve(&map.doubled(have)?)?,
             }
-            store.reserve(&map.doubled(have)?)?;
         }
     }
 }
@@ -226,33 +201,28 @@ enum Map {
 impl Map {
     fn doubled(self, have: Capacity) -> Result<Capacity, Error> {
         let mut need = have;
-        let double = |entries: u32| entries.saturating_mul(2).max(1024);
+        let double = |entries: u32| entries.saturating_mul(2).max(64);
         match self {
             Self::Services => need.services = double(have.services),
             Self::Members => need.members = double(have.members),
             Self::Slots(len) => {
-                need.slots = slots_within_limit(
-                    double(have.slots).max(have.slots.saturating_add(len)),
-                    have.slots,
-                )?
+                let wanted = double(have.slots).max(have.slots.saturating_add(len));
+                need.slots = wanted.min(SetWord::MAX_SLOTS);
+                if need.slots == have.slots {
+                    return Err(too_many_slots());
+                }
             }
         }
         Ok(need)
     }
 }
 
-/// `wanted` slots, or as many as a set word can name.
-///
-/// # Errors
-/// More are needed than that: `needed` and beyond.
-pub fn slots_within_limit(wanted: u32, needed: u32) -> Result<u32, Error> {
-    if needed >= SetWord::MAX_SLOTS {
-        return Err(Error::Unusable(format!(
-            "cannot hold more than {} slots in map SLOTS: the cluster has more endpoints than one node can balance over",
-            SetWord::MAX_SLOTS - 1
-        )));
-    }
-    Ok(wanted.min(SetWord::MAX_SLOTS))
+/// A set word cannot name more slots.
+pub fn too_many_slots() -> Error {
+    Error::Unusable(format!(
+        "cannot use more than {} slots of map SLOTS: the cluster has more endpoints than one node can balance over",
+        SetWord::MAX_SLOTS
+    ))
 }
 
 #[cfg(test)]

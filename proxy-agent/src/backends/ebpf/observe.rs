@@ -15,7 +15,8 @@ use proxy_ebpf::{
 
 use super::{
     extents::{Extents, Pool},
-    ids::{Entry, Freed, Ids},
+    ids::{Entry, Ids},
+    quarantine::Freed,
     render::{Digest, MapFrontend, service_port},
     store::{Capacity, Store},
 };
@@ -149,7 +150,7 @@ impl<'a, S: Store> Reading<'a, S> {
                 if at_once {
                     free.push(index);
                 } else {
-                    self.ids.freed.push(Freed::Member(index));
+                    self.ids.quarantine.push(Freed::Member(index));
                 }
                 continue;
             }
@@ -220,7 +221,7 @@ impl<'a, S: Store> Reading<'a, S> {
                 if kind {
                     slots.release(at, len);
                 } else {
-                    self.ids.freed.push(Freed::Slots { base: at, len });
+                    self.ids.quarantine.push(Freed::Slots { base: at, len });
                 }
                 at += len;
             }
@@ -243,7 +244,7 @@ impl<'a, S: Store> Reading<'a, S> {
             if at_once {
                 free.push(index);
             } else {
-                self.ids.freed.push(Freed::Service(index));
+                self.ids.quarantine.push(Freed::Service(index));
             }
         }
         self.ids.indices = pool(free, self.have.services);

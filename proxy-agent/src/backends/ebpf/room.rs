@@ -2,68 +2,90 @@
 
 use std::collections::HashSet;
 
-use proxy_ebpf::abi::kind;
+use proxy_ebpf::abi::{SetWord, kind};
 
 use super::{
-    ids::{Freed, Ids, slots_within_limit},
+    ids::{Ids, too_many_slots},
     store::{Capacity, Store},
     writer::Change,
 };
 use crate::backends::Error;
 
-/// Grows the maps if `changes` and `addresses` new node addresses do not fit, counting what only waits for a grace period
-/// as free.
+/// Grows the maps if `changes` and `addresses` new node addresses do not fit, or leave too little beside them.
 ///
 /// # Errors
 /// The kernel refuses, or it is more than the maps' indices can name.
 pub fn make_room<S: Store>(
-    ids: &Ids,
+    ids: &mut Ids,
     store: &mut S,
     changes: &[Change],
     addresses: usize,
 ) -> Result<(), Error> {
     let have = store.capacity();
-    let services = changes.iter().filter(|change| change.fresh).count() as u32;
-    let members: u32 = changes.iter().map(Change::new_members).sum();
-    let slots: u64 = changes.iter().map(Change::new_slots).sum();
-    let (frontends, vips) = hash_entries(ids, changes);
-    let addresses = (ids.addresses.len() + addresses) as u32;
-    let fits = services <= ids.indices.available(have.services)
-        && members <= ids.members.available(have.members)
-        && slots <= u64::from(ids.slots.available(have.slots))
-        && frontends <= have.frontends
-        && vips <= have.vips
-        && addresses <= have.addresses;
-    if fits {
+    let need = needed(ids, &have, changes, addresses)?;
+    let fits = covers(&have, &need);
+    let comfortable = Capacity {
+        slots: need.slots.saturating_mul(2),
+        members: need.members.saturating_add(need.members / 4),
+        ..need
+    };
+    if fits && (ids.stay_small || covers(&have, &comfortable)) {
         return Ok(());
     }
-    let mut free = Capacity {
-        services: ids.indices.available(have.services),
-        members: ids.members.available(have.members),
-        slots: ids.slots.available(have.slots),
-        ..Capacity::default()
-    };
-    for freed in ids.waiting.iter().map(|(_, freed)| freed).chain(&ids.freed) {
-        match freed {
-            Freed::Service(_) => free.services += 1,
-            Freed::Member(_) => free.members += 1,
-            Freed::Slots { len, .. } => free.slots += len,
+    match store.reserve(&with_headroom(&need, &have)) {
+        Err(_) if fits => {
+            ids.stay_small = true;
+            Ok(())
         }
+        result => result,
     }
-    let slots_needed = u64::from(have.slots - free.slots) + slots;
-    let need = Capacity {
-        services: have.services - free.services + services,
-        members: have.members - free.members + members,
-        slots: u32::try_from(slots_needed).unwrap_or(u32::MAX),
+}
+
+fn covers(have: &Capacity, need: &Capacity) -> bool {
+    let Capacity {
+        services,
+        slots,
+        members,
         frontends,
         vips,
         addresses,
-    };
-    let wanted = with_headroom(&need, &have)?;
-    if wanted == have {
-        return Ok(());
+    } = *need;
+    services <= have.services
+        && slots.min(SetWord::MAX_SLOTS) <= have.slots
+        && members <= have.members
+        && frontends <= have.frontends
+        && vips <= have.vips
+        && addresses <= have.addresses
+}
+
+/// Entries in use when all new ones are there and nothing is deleted; what waits for a grace period counts as free.
+fn needed(
+    ids: &Ids,
+    have: &Capacity,
+    changes: &[Change],
+    addresses: usize,
+) -> Result<Capacity, Error> {
+    let waiting = ids.quarantine.size();
+    let used = |have: u32, available: u32, waiting: u32| have - available - waiting;
+    let services = changes.iter().filter(|change| change.fresh).count() as u32;
+    let members: u32 = changes.iter().map(Change::new_members).sum();
+    let slots: u64 = changes.iter().map(Change::new_slots).sum();
+    let used_slots = used(have.slots, ids.slots.available(have.slots), waiting.slots);
+    let slots = u64::from(used_slots) + slots;
+    if slots > u64::from(SetWord::MAX_SLOTS) {
+        return Err(too_many_slots());
     }
-    store.reserve(&wanted)
+    let (frontends, vips) = hash_entries(ids, changes);
+    let free_services = ids.indices.available(have.services);
+    let free_members = ids.members.available(have.members);
+    Ok(Capacity {
+        services: used(have.services, free_services, waiting.services) + services,
+        slots: slots as u32,
+        members: used(have.members, free_members, waiting.members) + members,
+        frontends,
+        vips,
+        addresses: (ids.addresses.len() + addresses) as u32,
+    })
 }
 
 /// Entries of FRONTENDS and VIPS before anything is deleted.
@@ -83,34 +105,19 @@ fn hash_entries(ids: &Ids, changes: &[Change]) -> (u32, u32) {
     )
 }
 
-/// What to ask for: maps that are too small get more than they need, the others stay.
+/// What to ask for: no map shrinks, and all have some room for what comes next.
 ///
-/// Slots get the most: each change of a set takes a new range, and the old one waits for a grace period of more than a
-/// second, at 20,000 changes a second.
-fn with_headroom(need: &Capacity, have: &Capacity) -> Result<Capacity, Error> {
-    let grow = |need: u32, have: u32, least: u32| {
-        if need <= have {
-            have
-        } else {
-            need.saturating_add(need / 2).max(least)
-        }
-    };
-    let slots = if need.slots <= have.slots {
-        have.slots
-    } else {
-        let more = need
-            .slots
-            .saturating_mul(3)
-            .min(need.slots.saturating_add(1 << 19));
-        let wanted = need.slots.saturating_add(more).max(1 << 16);
-        slots_within_limit(wanted, need.slots)?
-    };
-    Ok(Capacity {
-        services: grow(need.services, have.services, 1 << 10),
-        slots,
-        members: grow(need.members, have.members, 1 << 14),
-        frontends: grow(need.frontends, have.frontends, 1 << 12),
-        vips: grow(need.vips, have.vips, 1 << 10),
-        addresses: grow(need.addresses, have.addresses, 1 << 8),
-    })
+/// Slots get the most: each change of a set takes a new range, and the old one waits for more than a second, at 20,000
+/// changes a second.
+fn with_headroom(need: &Capacity, have: &Capacity) -> Capacity {
+    let grow = |need: u32, factor: u32, have: u32| need.saturating_mul(factor).max(have);
+    let slots = grow(need.slots, 4, have.slots);
+    Capacity {
+        services: grow(need.services, 2, have.services),
+        slots: slots.min(SetWord::MAX_SLOTS),
+        members: grow(need.members, 2, have.members),
+        frontends: grow(need.frontends, 2, have.frontends),
+        vips: grow(need.vips, 2, have.vips),
+        addresses: grow(need.addresses, 2, have.addresses),
+    }
 }

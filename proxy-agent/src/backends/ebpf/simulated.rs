@@ -36,6 +36,8 @@ pub type Watcher = Rc<dyn Fn(&Simulated)>;
 #[derive(Clone, Default)]
 pub struct Simulated {
     capacity: Capacity,
+    /// More memory than this is not to be had.
+    limit: Option<Capacity>,
     services: Vec<Service>,
     names: Vec<Name>,
     slots: Vec<Slot>,
@@ -76,6 +78,14 @@ impl Simulated {
         }
     }
 
+    /// Empty maps of this size that never grow.
+    pub fn fixed(capacity: Capacity) -> Self {
+        let mut store = Self::checked();
+        store.resize(&capacity);
+        store.limit = Some(capacity);
+        store
+    }
+
     /// One hash operation in `rate` fails from now on, as drawn from `seed`; 0 = none.
     pub fn inject_faults(&mut self, rate: u64, seed: u64) {
         (self.fault_rate, self.seed) = (rate, seed);
@@ -110,6 +120,24 @@ impl Simulated {
     pub fn pass_time(&mut self) {
         self.over = self.started;
         self.readers.forget(self.over);
+    }
+
+    fn resize(&mut self, need: &Capacity) {
+        let have = &mut self.capacity;
+        *have = Capacity {
+            services: have.services.max(need.services),
+            slots: have.slots.max(need.slots),
+            members: have.members.max(need.members),
+            frontends: have.frontends.max(need.frontends),
+            vips: have.vips.max(need.vips),
+            addresses: have.addresses.max(need.addresses),
+        };
+        let services = have.services as usize;
+        self.services.resize(services, Service::default());
+        self.names.resize(services, NO_NAME);
+        self.slots.resize(have.slots as usize, Slot::default());
+        self.members
+            .resize(have.members as usize, Member::default());
     }
 
     /// Does one write, unless the agent is dead by now, and looks at the result.
@@ -166,21 +194,15 @@ impl Store for Simulated {
         if self.fails() {
             return Err(Error::Injected);
         }
-        let have = &mut self.capacity;
-        *have = Capacity {
-            services: have.services.max(need.services),
-            slots: have.slots.max(need.slots),
-            members: have.members.max(need.members),
-            frontends: have.frontends.max(need.frontends),
-            vips: have.vips.max(need.vips),
-            addresses: have.addresses.max(need.addresses),
-        };
-        self.services
-            .resize(have.services as usize, Service::default());
-        self.names.resize(have.services as usize, NO_NAME);
-        self.slots.resize(have.slots as usize, Slot::default());
-        self.members
-            .resize(have.members as usize, Member::default());
+        if self.limit.is_some() {
+            return Err(Error::Kernel {
+                action: "create",
+                object: "the maps of the next generation".to_owned(),
+                source: std::io::ErrorKind::OutOfMemory.into(),
+                hint: "",
+            });
+        }
+        self.resize(need);
         Ok(())
     }
 

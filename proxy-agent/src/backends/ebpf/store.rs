@@ -35,7 +35,8 @@ pub trait Store {
     /// Entries that fit now.
     fn capacity(&self) -> Capacity;
 
-    /// Makes room for `need`, keeping every entry and index: the generation swap. Does nothing where there is room.
+    /// Makes room for `need`, keeping every entry and index: the generation swap. Does nothing where there is room. Whoever
+    /// asks has added what it wants beside today's entries: maps need not be larger than this.
     ///
     /// # Errors
     /// The kernel refuses (ENOMEM); everything is as it was.

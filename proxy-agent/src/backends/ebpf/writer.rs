@@ -23,7 +23,8 @@ use proxy_ebpf::{
 };
 
 use super::{
-    ids::{Entry, Freed, Ids, Strays},
+    ids::{Entry, Ids, Strays},
+    quarantine::Freed,
     render,
     room::make_room,
     store::Store,
@@ -60,7 +61,6 @@ pub fn apply<S: Store>(
     plan: &Plan<Key, u64>,
     state: &DesiredState,
 ) -> Result<Retired, Error> {
-    ids.start_grace(store);
     ids.reclaim(store);
     let mut writer = Writer {
         ids,
@@ -342,7 +342,7 @@ impl<'a, S: Store> Writer<'a, S> {
                 let generation = self.store.member(*member).word.generation();
                 let dead = MemberWord::new(generation.wrapping_add(1), 0);
                 self.store.commit_member(*member, dead);
-                ids.freed.push(Freed::Member(*member));
+                ids.quarantine.push(Freed::Member(*member));
             }
         };
         for change in std::mem::take(&mut self.changes) {
@@ -365,7 +365,7 @@ impl<'a, S: Store> Writer<'a, S> {
         for index in &self.strays.services {
             mark_unused(self.ids, self.store, *index);
         }
-        self.ids.start_grace(self.store);
+        self.ids.quarantine.start_grace(self.store);
         retired
     }
 }

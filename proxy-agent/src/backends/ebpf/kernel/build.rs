@@ -65,7 +65,7 @@ pub fn build(
 
 fn fill(generation: &Generation, object: &Object, recipe: &Recipe<'_>) -> Result<Fds, Error> {
     let mut fds = Fds::new();
-    let sizes = shapes::with_head_room(&recipe.need);
+    let sizes = shapes::sizes(&recipe.need);
     // META first: a directory whose META lacks COMPLETE is known as unfinished.
     let order = |name: &&String| (name.as_str() != "META", name.as_str().to_owned());
     let mut names: Vec<&String> = object.maps().keys().collect();

@@ -157,11 +157,10 @@ fn swap(dir: &Directory, object: &Object, pinned: Pinned, number: u64) -> Result
             "pinned maps are not what they should be: a new generation is made beside them, they are left alone"
         );
     }
-    // The old sizes are kept as they are: `with_head_room` would grow them with each swap.
     let need = if keep_ids {
         Capacity::default()
     } else {
-        shrink(pinned.capacity())
+        pinned.capacity()
     };
     let recipe = Recipe {
         old: &pinned.good,
@@ -176,18 +175,6 @@ fn swap(dir: &Directory, object: &Object, pinned: Pinned, number: u64) -> Result
         fds,
         stats: good.remove("STATS").filter(|_| keep_ids),
     })
-}
-
-/// What [`shapes::with_head_room`] makes `capacity` of again, about.
-fn shrink(capacity: Capacity) -> Capacity {
-    Capacity {
-        services: capacity.services / 2,
-        slots: capacity.slots / 4,
-        members: capacity.members / 2,
-        frontends: capacity.frontends / 2,
-        vips: capacity.vips / 2,
-        addresses: capacity.addresses / 2,
-    }
 }
 
 /// The highest generation that is COMPLETE, of whatever ABI, and the maps pinned in it: for reading only.

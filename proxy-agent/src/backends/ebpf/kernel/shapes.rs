@@ -52,20 +52,20 @@ pub fn entries_of(capacity: &Capacity, name: &str) -> u32 {
     }
 }
 
-/// Sizes for `need` entries, with head room: slots are rewritten into free space and come back after a grace period, so they
-/// get more.
-pub fn with_head_room(need: &Capacity) -> Capacity {
-    let sized = |need: u32, factor: u32, least: u32| {
-        let wanted = need.saturating_mul(factor).max(least);
+/// Sizes for `need` entries: powers of two, and never so few that 1,000 changes a second, each of which takes new slots and
+/// perhaps a member, would wait for the grace period of the old ones.
+pub fn sizes(need: &Capacity) -> Capacity {
+    let sized = |need: u32, least: u32| {
+        let wanted = need.max(least);
         wanted.checked_next_power_of_two().unwrap_or(wanted)
     };
     Capacity {
-        services: sized(need.services, 2, 1024),
-        slots: sized(need.slots, 4, 4096).min(proxy_ebpf::abi::SetWord::MAX_SLOTS),
-        members: sized(need.members, 2, 1024),
-        frontends: sized(need.frontends, 2, 1024),
-        vips: sized(need.vips, 2, 1024),
-        addresses: sized(need.addresses, 2, 256),
+        services: sized(need.services, 1 << 10),
+        slots: sized(need.slots, 1 << 16).min(proxy_ebpf::abi::SetWord::MAX_SLOTS),
+        members: sized(need.members, 1 << 14),
+        frontends: sized(need.frontends, 1 << 12),
+        vips: sized(need.vips, 1 << 10),
+        addresses: sized(need.addresses, 1 << 8),
     }
 }
 
@@ -160,18 +160,18 @@ mod tests {
 
     #[test]
     fn small_clusters_get_small_maps_and_growth_is_by_powers_of_two() {
-        let small = with_head_room(&Capacity::default());
+        let small = sizes(&Capacity::default());
         assert_eq!(
             (small.services, small.slots, small.addresses),
-            (1024, 4096, 256)
+            (1024, 65_536, 256)
         );
         let need = Capacity {
-            slots: 5_000,
-            members: 5_000,
+            slots: 70_000,
+            members: 20_000,
             ..Capacity::default()
         };
-        let sized = with_head_room(&need);
-        assert_eq!((sized.slots, sized.members), (32_768, 16_384));
+        let sized = sizes(&need);
+        assert_eq!((sized.slots, sized.members), (131_072, 32_768));
         assert!(holds(&sized, &need) && !holds(&small, &need));
     }
 

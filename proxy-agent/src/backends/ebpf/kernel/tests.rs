@@ -156,7 +156,7 @@ fn a_fresh_node_gets_small_maps_and_every_hook() {
     let frontends = maps.iter().find(|map| map.name == "FRONTENDS").unwrap();
     assert_eq!(
         (frontends.map_type, frontends.entries, frontends.capacity),
-        ("hash", Some(1), 1024)
+        ("hash", Some(1), 4096)
     );
     assert!(frontends.bytes > 0, "{maps:#?}");
 }
@@ -209,8 +209,8 @@ fn growth_keeps_entries_and_links_and_carries_what_programs_write() {
     let links = node.links();
     for swap in 0..20_u32 {
         let need = Capacity {
-            slots: 4097 << swap.min(4),
-            frontends: 1025 + swap,
+            slots: 65_537 << swap.min(2),
+            frontends: 4_097 + swap,
             ..store.capacity()
         };
         store.reserve(&need).unwrap();
@@ -249,7 +249,7 @@ fn counters_survive_a_growth_of_services() {
         .unwrap();
     assert_eq!(
         (store.stats(2).datagrams, store.capacity().services),
-        (17, 16_384)
+        (17, 8_192)
     );
     assert_filled(&store);
 }

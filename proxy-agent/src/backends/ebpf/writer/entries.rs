@@ -7,7 +7,8 @@ use proxy_ebpf::{
 
 use super::change::Change;
 use crate::backends::ebpf::{
-    ids::{Freed, Ids},
+    ids::Ids,
+    quarantine::Freed,
     render::{self, NO_NAME},
     store::Store,
 };
@@ -94,7 +95,7 @@ pub fn commit_policy(store: &mut impl Store, index: u32, policy: Policy) {
 /// Frees the slots of a set that nobody finds any more.
 pub fn free_slots(ids: &mut Ids, word: SetWord) {
     if word.count() > 0 {
-        ids.freed.push(Freed::Slots {
+        ids.quarantine.push(Freed::Slots {
             base: word.base(),
             len: word.count(),
         });
@@ -110,6 +111,6 @@ pub fn mark_unused(ids: &mut Ids, store: &mut impl Store, index: u32) -> Service
     };
     store.write_service(index, &service);
     store.write_name(index, &NO_NAME);
-    ids.freed.push(Freed::Service(index));
+    ids.quarantine.push(Freed::Service(index));
     service
 }
