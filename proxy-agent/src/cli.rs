@@ -78,6 +78,12 @@ pub enum Command {
     Plan(Plan),
     /// Remove hooks, pins and the directory; refused while an agent runs
     Cleanup,
+    /// Connect to the canary address from this cgroup: a child of `run`
+    #[command(hide = true)]
+    SelfTest {
+        /// The cgroup to enter.
+        cgroup: PathBuf,
+    },
 }
 
 /// Where Services come from.
@@ -125,6 +131,9 @@ pub struct Run {
     /// Seconds without an agent after which connect and sendmsg leave everything to the packet layer
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub socket_lease: Duration,
+    /// Let the programs in the kernel log every decision: for debugging, slow
+    #[arg(long)]
+    pub log_programs: bool,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

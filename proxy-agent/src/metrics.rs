@@ -72,7 +72,9 @@ metrics! {
     changes_pending: Gauge = Gauge::default() => "changes_pending";
     /// Entries of the kernel that the audit found different from what was written, and repaired
     drift_repairs: Counter = Counter::default() => "drift_repairs";
-    /// Objects or files that cannot be used as they are
+    /// Manifest files and objects in them that cannot be used as they are
+    source_problems: Gauge = Gauge::default() => "source_problems";
+    /// Addresses and endpoints of Services that are not carried out: taken by another Service, or forbidden
     problems: Gauge = Gauge::default() => "problems";
     /// Errors of the sources: files that cannot be read or understood, watches that broke
     source_errors: Counter = Counter::default() => "source_errors";

@@ -32,6 +32,18 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 /// Between two audits of the kernel.
 const AUDIT_EVERY: Duration = Duration::from_secs(60);
 
+/// A backend is tended at least this often.
+const TEND_EVERY: Duration = Duration::from_secs(1);
+
+/// When a backend is tended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// A turn has ended.
+    Turn,
+    /// A second has passed.
+    Second,
+}
+
 /// What compiling a scope gives.
 #[derive(Clone, Debug, Default)]
 pub struct Compiled {
@@ -106,26 +118,40 @@ impl<B: Backend> Layer<B> {
         self.status.subscribe()
     }
 
-    /// Works until the inbox says stop. `compile` is given what changed.
-    pub fn run(mut self, inbox: &Inbox, mut compile: impl FnMut(&Scope) -> Compiled) {
+    /// Works until the inbox says stop. `compile` is given what changed; `tend` the backend, after each turn and at least
+    /// once a second.
+    pub fn run(
+        mut self,
+        inbox: &Inbox,
+        mut compile: impl FnMut(&Scope) -> Compiled,
+        mut tend: impl FnMut(&mut B, &SyncStatus, Moment),
+    ) {
         let mut due = Due {
             not_before: None,
             until: self.audit_at,
         };
+        let mut tend_at = Instant::now();
         loop {
-            let turn = inbox.wait(due.not_before, due.until);
+            let turn = inbox.wait(due.not_before, due.until.min(tend_at));
             if turn.stop {
                 return;
             }
-            let had_work = !turn.scope.is_empty();
-            let taken = self.changes + turn.changes;
             let start = Instant::now();
-            due = self.turn(start, turn, &mut compile);
-            inbox.done(taken - self.changes);
+            let had_work = !turn.scope.is_empty();
+            if had_work || start >= due.until {
+                let taken = self.changes + turn.changes;
+                due = self.turn(start, turn, &mut compile);
+                inbox.done(taken - self.changes);
+                tend(&mut self.backend, &self.status.borrow(), Moment::Turn);
+            }
             if had_work {
-                self.metrics
-                    .sync_duration
-                    .observe(start.elapsed().as_secs_f64());
+                let elapsed = start.elapsed();
+                self.metrics.sync_duration.observe(elapsed.as_secs_f64());
+                tracing::debug!(layer = self.name, ?elapsed, "synced");
+            }
+            if start >= tend_at {
+                tend_at = start + TEND_EVERY;
+                tend(&mut self.backend, &self.status.borrow(), Moment::Second);
             }
         }
     }

@@ -1,0 +1,38 @@
+//! Which node this is: its name, and the cgroup that its sockets live in.
+
+use std::{fs, path::PathBuf};
+
+use super::Error;
+use crate::{backends::ebpf::probe::cgroup_root, cli::Global, model::NodeName};
+
+/// `--node-name`, or the host name in lower case, as the kubelet has it.
+///
+/// # Errors
+/// The host name cannot be read, or is no name.
+pub fn node_name(global: &Global) -> Result<NodeName, Error> {
+    let name = match &global.node_name {
+        Some(name) => name.clone(),
+        None => fs::read_to_string("/proc/sys/kernel/hostname")
+            .map_err(|error| Error::NodeName(error.to_string()))?
+            .trim()
+            .to_lowercase(),
+    };
+    if name.is_empty() || name.len() > 253 {
+        let len = name.len();
+        return Err(Error::NodeName(format!(
+            "a name has 1 to 253 characters, this one {len}"
+        )));
+    }
+    Ok(NodeName::new(&name))
+}
+
+/// `--cgroup`, or the root of the machine's cgroup v2 hierarchy.
+///
+/// # Errors
+/// No such hierarchy is mounted.
+pub fn cgroup(global: &Global) -> Result<PathBuf, Error> {
+    if let Some(path) = &global.cgroup {
+        return Ok(path.clone());
+    }
+    Ok(cgroup_root()?)
+}

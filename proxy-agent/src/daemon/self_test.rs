@@ -1,0 +1,177 @@
+//! Proof that the hooks translate: a socket in a cgroup below the node's connects to an address that only we know.
+//!
+//! UDP `connect()` sends no packet. It chooses a source address, though: a loopback one if the canary address was
+//! translated to the loopback backend, and something else, or an error, if not. Afterwards the peer must look like the
+//! canary again.
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use crate::state::{
+    Backend, BackendState, DesiredState, Family, Frontend, FrontendKind, Protocol, ServiceName,
+    ServicePort, ServiceState, TrafficPolicy,
+};
+
+/// The IPv4 dummy address (RFC 7600): never assigned, never routed.
+const CANARY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8));
+/// In the discard-only prefix (RFC 6666).
+const CANARY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 8));
+/// discard.
+const PORT: u16 = 9;
+/// No Kubernetes name has an underscore.
+const NAME: (&str, &str) = ("proxy-agent", "_self-test");
+
+/// Whether a service port's "namespace/name:port" is the canary's.
+pub fn is_canary(service: &str) -> bool {
+    service.split_once('/') == Some(NAME)
+}
+
+/// Adds the canary to a complete desired state.
+pub fn add_canary(state: &mut DesiredState) {
+    for (canary, loopback) in [
+        (CANARY_V4, IpAddr::from(Ipv4Addr::LOCALHOST)),
+        (CANARY_V6, IpAddr::from(Ipv6Addr::LOCALHOST)),
+    ] {
+        let key = ServicePort {
+            service: ServiceName::new(NAME.0, NAME.1),
+            port: "".into(),
+            protocol: Protocol::Udp,
+            family: Family::of(canary),
+        };
+        let service = ServiceState {
+            key: key.clone(),
+            frontends: vec![Frontend {
+                address: canary,
+                port: PORT,
+                kind: FrontendKind::ExternalIp,
+                on_local_link: false,
+            }],
+            backends: vec![Backend {
+                address: loopback,
+                port: PORT,
+                state: BackendState {
+                    terminating: false,
+                    on_this_node: true,
+                    in_cluster: true,
+                    in_local: true,
+                },
+            }],
+            affinity_seconds: None,
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            source_ranges: Vec::new(),
+        };
+        state.services.insert(key, service);
+    }
+}
+
+/// Runs the test in a child process below `cgroup`.
+///
+/// # Errors
+/// A sentence that says what is wrong.
+pub fn run(cgroup: &Path) -> Result<(), String> {
+    let child = cgroup.join(format!("proxy-agent-self-test-{}", std::process::id()));
+    let at = child.display();
+    match fs::create_dir(&child) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(format!(
+                "cannot make the cgroup {at}: {error}; mount it writable"
+            ));
+        }
+        Ok(()) | Err(_) => {}
+    }
+    let result = Command::new("/proc/self/exe")
+        .arg("self-test")
+        .arg(&child)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .output();
+    // Best effort: the next self-test of this process uses it again.
+    let _ = fs::remove_dir(&child);
+    match result {
+        Err(error) => Err(format!("cannot start the self-test: {error}")),
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => {
+            let text = String::from_utf8_lossy(&output.stderr);
+            let text = text.trim().trim_start_matches("proxy-agent: ");
+            Err(match text.is_empty() {
+                true => format!("it ended with {}", output.status),
+                false => text.to_owned(),
+            })
+        }
+    }
+}
+
+/// The child's part: enters `cgroup` and connects.
+///
+/// # Errors
+/// A sentence that says what is wrong.
+pub fn connect_from(cgroup: &Path) -> Result<(), String> {
+    fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string())
+        .map_err(|error| format!("cannot enter the cgroup {}: {error}", cgroup.display()))?;
+    let loopback = |ip: IpAddr| SocketAddr::new(ip, PORT);
+    connect(CANARY_V4, loopback(Ipv4Addr::LOCALHOST.into()))?;
+    connect(CANARY_V6, loopback(Ipv6Addr::LOCALHOST.into()))
+}
+
+fn connect(canary: IpAddr, backend: SocketAddr) -> Result<(), String> {
+    let unspecified: IpAddr = match canary {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let open = || UdpSocket::bind(SocketAddr::new(unspecified, 0));
+    // A family that this node does not have needs no test.
+    let Ok(socket) = open() else { return Ok(()) };
+    if socket.connect(backend).is_err() {
+        return Ok(());
+    }
+    let canary = SocketAddr::new(canary, PORT);
+    let failed = |what: String| {
+        Err(format!(
+            "a connection to the canary address {canary} {what}"
+        ))
+    };
+    let socket = open().map_err(|error| format!("cannot open a socket: {error}"))?;
+    if let Err(error) = socket.connect(canary) {
+        return failed(format!("was not translated: {error}"));
+    }
+    match socket.local_addr() {
+        Ok(local) if local.ip() == backend.ip() => {}
+        Ok(local) => {
+            let source = local.ip();
+            return failed(format!(
+                "was not translated: its source address is {source}"
+            ));
+        }
+        Err(error) => return failed(format!("has no source address: {error}")),
+    }
+    match socket.peer_addr() {
+        Ok(peer) if peer == canary => Ok(()),
+        Ok(peer) => failed(format!("was translated, but getpeername() shows {peer}")),
+        Err(error) => failed(format!("has no peer: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_hooks_the_canary_is_not_translated() {
+        let error = connect(CANARY_V4, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), PORT));
+        assert!(error.unwrap_err().contains("was not translated"));
+    }
+
+    #[test]
+    fn the_canary_has_a_name_of_its_own() {
+        let mut state = DesiredState::default();
+        add_canary(&mut state);
+        assert_eq!(state.services.len(), 2);
+        assert!(state.services.keys().all(|key| is_canary(&key.to_string())));
+        assert!(!is_canary("default/web:http"));
+    }
+}
