@@ -1,22 +1,30 @@
 //! Answers from the kernel's state: `dump`, `explain`, `check`, `plan`, `cleanup`. Only the last one changes anything.
 
-use std::{path::Path, process::ExitCode};
+use std::process::ExitCode;
 
 use crate::{
-    backends::{self, ebpf::view::PinnedMaps},
-    cli,
+    backends::{
+        self,
+        ebpf::{kernel, links::Hook, probe::probe, view::PinnedMaps},
+    },
+    cli, daemon,
 };
 
+pub mod check;
 pub mod client;
 pub mod contents;
+pub mod desired;
 pub mod dump;
 pub mod explain;
 #[cfg(test)]
 mod fixture;
+pub mod plan;
 pub mod print;
 pub mod read;
+pub mod rehearse;
 
 use print::{Report, print, render};
+use rehearse::{Rehearsal, rehearse};
 
 /// Why a question could not be answered.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +32,9 @@ pub enum Error {
     /// The pinned maps cannot be read.
     #[error("{0}")]
     Maps(backends::Error),
+    /// A source cannot be read.
+    #[error("{0}")]
+    Source(#[from] daemon::Error),
     /// The client is unknown.
     #[error("{0}")]
     Client(String),
@@ -55,7 +66,7 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
         cli::Table::Services => show(&dump::services(&contents), output)?,
         cli::Table::Backends => show(&dump::backends(&contents), output)?,
         cli::Table::Sockets => {
-            contents.sockets = maps.sockets()?.into_iter().map(|it| it.socket).collect();
+            contents.sockets = maps.sockets()?;
             show(&dump::sockets(&contents, now_ns), output)?;
         }
         cli::Table::Affinity => show(&dump::affinity(&contents, now_ns), output)?,
@@ -91,9 +102,87 @@ pub fn explain(global: &cli::Global, args: &cli::Explain) -> Result<ExitCode, Er
 /// `check`.
 ///
 /// # Errors
-/// The node cannot be examined.
+/// The answer cannot be written, or a source cannot be read.
 pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error> {
-    let _ = (&global.bpf_dir as &Path, args);
+    let mut findings = check::node(&probe(&global.bpf_dir, global.cgroup.as_deref()));
+    let maps = match PinnedMaps::open(&global.bpf_dir) {
+        Ok(maps) => {
+            findings.extend(check::maps(&maps.meta(), monotonic_ns()));
+            let needed: Vec<_> = Hook::ALL
+                .iter()
+                .filter(|hook| !hook.is_optional())
+                .map(|hook| hook.name())
+                .collect();
+            let attached = maps
+                .hooks()?
+                .into_iter()
+                .map(|hook| (hook.hook, hook.program))
+                .collect();
+            findings.push(check::hooks(&attached, &needed));
+            Some(maps)
+        }
+        Err(error) => {
+            findings.push(check::Finding::new(
+                "maps",
+                check::State::Note,
+                error.to_string(),
+            ));
+            None
+        }
+    };
+    if let Some(manifests) = &args.sources.manifests {
+        let desired = desired::read(global, manifests)?;
+        findings.extend(check::sources(&desired));
+        let Rehearsal { observed, plan } = rehearse(maps.as_ref(), &desired.state)?;
+        findings.push(check::drift(&plan::changes(&plan, &observed)));
+    }
+    let findings = check::Findings(findings);
+    show(&findings, args.output)?;
+    Ok(match findings.worst() {
+        check::State::Ok | check::State::Note => ExitCode::SUCCESS,
+        check::State::Differs => ExitCode::from(cli::DIFFERENCES),
+        check::State::Missing => ExitCode::from(cli::FAILURE),
+    })
+}
+
+/// `plan`.
+///
+/// # Errors
+/// There is no source, a source or the maps cannot be read.
+pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
+    let manifests = args
+        .sources
+        .manifests
+        .as_deref()
+        .ok_or(daemon::Error::NoSource)?;
+    let desired = desired::read(global, manifests)?;
+    let maps = match global.bpf_dir.exists() {
+        true => Some(PinnedMaps::open(&global.bpf_dir)?),
+        false => None,
+    };
+    let Rehearsal { observed, mut plan } = rehearse(maps.as_ref(), &desired.state)?;
+    for problem in &desired.broken {
+        tracing::warn!(error = %problem, "broken manifest");
+    }
+    if !desired.is_complete {
+        tracing::warn!("a manifest is broken: `run` would delete nothing");
+        plan.deletions.clear();
+    }
+    let changes = plan::changes(&plan, &observed);
+    show(&changes, args.output)?;
+    Ok(if changes.0.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(cli::DIFFERENCES)
+    })
+}
+
+/// `cleanup`.
+///
+/// # Errors
+/// An agent runs, or the kernel refuses.
+pub fn cleanup(global: &cli::Global) -> Result<ExitCode, Error> {
+    kernel::cleanup(&global.bpf_dir)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,2 +1,76 @@
-//! The agent.
-fn main() {}
+//! The agent's process: arguments in, one line of error and an exit code out.
+
+use std::{
+    io::{IsTerminal as _, Write as _},
+    process::ExitCode,
+};
+
+use proxy_agent::{
+    cli::{self, Cli, Command, LogFormat},
+    daemon, debug,
+};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+
+fn main() -> ExitCode {
+    let cli = match cli::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nobody reads: nothing more to say.
+            let _ = error.print();
+            return if error.use_stderr() {
+                ExitCode::from(cli::USAGE)
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    match run(&cli) {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "proxy-agent: {error:#}");
+            ExitCode::from(cli::FAILURE)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let Cli { global, command } = cli;
+    log_to_stderr(global)?;
+    Ok(match command {
+        Command::Run(run) => {
+            daemon::run(global, run)?;
+            ExitCode::SUCCESS
+        }
+        Command::Dump(dump) => debug::dump(global, dump)?,
+        Command::Explain(explain) => debug::explain(global, explain)?,
+        Command::Check(check) => debug::check(global, check)?,
+        Command::Plan(plan) => debug::plan(global, plan)?,
+        Command::Cleanup => debug::cleanup(global)?,
+        Command::SelfTest { cgroup } => {
+            daemon::self_test::connect_from(cgroup).map_err(anyhow::Error::msg)?;
+            ExitCode::SUCCESS
+        }
+    })
+}
+
+/// Logs what `--log-level` or RUST_LOG ask for, by default what an operator wants to know.
+fn log_to_stderr(global: &cli::Global) -> anyhow::Result<()> {
+    let filter = match &global.log_level {
+        // A bare level is about us: at debug, the eBPF loader alone writes hundreds of lines.
+        Some(level) if level.parse::<LevelFilter>().is_ok() => {
+            EnvFilter::new(format!("warn,proxy_agent={level}"))
+        }
+        Some(filter) => EnvFilter::try_new(filter)
+            .map_err(|error| anyhow::anyhow!("--log-level {filter}: {error}"))?,
+        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+    };
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match global.log_format {
+        LogFormat::Text => logs.with_target(false).init(),
+        LogFormat::Json => logs.json().flatten_event(true).init(),
+    }
+    Ok(())
+}

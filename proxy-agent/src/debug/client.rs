@@ -1,22 +1,12 @@
 //! Who connects: from what the user typed to a network namespace.
 
-use std::{
-    fs, io,
-    net::{IpAddr, UdpSocket},
-    path::{Path, PathBuf},
-};
+use std::{io, net::IpAddr, path::Path};
 
-use nix::{
-    ifaddrs::getifaddrs,
-    sched::{CloneFlags, setns},
-};
+use nix::ifaddrs::getifaddrs;
 use proxy_ebpf::abi::Addr;
 
 use super::explain::Client;
-use crate::backends::ebpf::sys;
-
-/// Where `ip netns` and container runtimes bind network namespaces.
-const NAMED: &str = "/run/netns";
+use crate::daemon::namespaces::{self, NAMED};
 
 /// Finds the client that `text` names; `node_cookie` is the netns cookie of META.
 ///
@@ -52,7 +42,7 @@ pub fn find(
             "{text:?} is no client: give `host`, an address, the name of a network namespace in {NAMED}, or a netns cookie"
         ));
     }
-    match inside(&path, netns_cookie) {
+    match namespaces::inside(&path, namespaces::own_cookie) {
         Ok(cookie) => Ok(client(Some(cookie), false)),
         Err(error) => Err(format!(
             "cannot enter the network namespace {text}: {error}; this needs root"
@@ -60,54 +50,31 @@ pub fn find(
     }
 }
 
-/// The cookie of the named namespace that has an address.
+/// The cookie of the namespace that has an address.
 fn namespace_with(address: IpAddr) -> Option<u64> {
-    let paths: Vec<PathBuf> = fs::read_dir(NAMED)
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path())
-        .collect();
-    paths.iter().find_map(|path| {
-        inside(path, move || {
-            let has_it = getifaddrs().map_err(io::Error::from)?.any(|interface| {
-                let storage = interface.address;
-                let v4 = storage
-                    .as_ref()
-                    .and_then(|s| s.as_sockaddr_in())
-                    .map(|s| IpAddr::from(s.ip()));
-                let v6 = storage
-                    .as_ref()
-                    .and_then(|s| s.as_sockaddr_in6())
-                    .map(|s| IpAddr::from(s.ip()));
-                v4.or(v6) == Some(address)
-            });
-            if has_it {
-                netns_cookie().map(Some)
+    namespaces::named().iter().find_map(|path| {
+        let cookie = namespaces::inside(path, move || {
+            if has(address)? {
+                namespaces::own_cookie().map(Some)
             } else {
                 Ok(None)
             }
-        })
-        .ok()
-        .flatten()
-    })
-}
-
-/// Runs `work` on a thread of its own in a network namespace; only that thread enters it.
-fn inside<T: Send>(path: &Path, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    let namespace = fs::File::open(path)?;
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(move || {
-            setns(namespace, CloneFlags::CLONE_NEWNET)?;
-            work()
         });
-        thread
-            .join()
-            .unwrap_or_else(|_| Err(io::Error::other("the thread inside ended early")))
+        cookie.ok().flatten()
     })
 }
 
-/// Cookie of the calling thread's network namespace.
-fn netns_cookie() -> io::Result<u64> {
-    let socket = UdpSocket::bind("127.0.0.1:0").or_else(|_| UdpSocket::bind("[::]:0"))?;
-    sys::netns_cookie(&socket)
+/// Whether a link of the calling thread's namespace has an address.
+fn has(address: IpAddr) -> io::Result<bool> {
+    let mut interfaces = getifaddrs().map_err(io::Error::from)?;
+    Ok(interfaces.any(|interface| {
+        let storage = interface.address.as_ref();
+        let v4 = storage
+            .and_then(|s| s.as_sockaddr_in())
+            .map(|s| IpAddr::from(s.ip()));
+        let v6 = storage
+            .and_then(|s| s.as_sockaddr_in6())
+            .map(|s| IpAddr::from(s.ip()));
+        v4.or(v6) == Some(address)
+    }))
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proxy_ebpf::{
     abi::{
         Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, MemberWord, Meta,
-        Name, Policy, Reason, Service, SetWord, Slot, Socket, Stats,
+        Name, Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats,
     },
     lb::{Scope, Tables},
 };
@@ -62,7 +62,7 @@ pub struct Contents {
     /// AFFINITY.
     pub affinity: BTreeMap<AffinityKey, AffinityValue>,
     /// SOCKETS.
-    pub sockets: Vec<Socket>,
+    pub sockets: Vec<SocketRecord>,
     /// REASONS, summed over the CPUs.
     pub reasons: Vec<(Reason, u64)>,
     /// Entries and capacity of each map.

@@ -11,7 +11,10 @@ use super::{
     contents::{Contents, Entry},
     print::{Report, columns},
 };
-use crate::state::{Family, FrontendKind, Protocol, TrafficPolicy};
+use crate::{
+    daemon::self_test::is_canary,
+    state::{Family, FrontendKind, Protocol, TrafficPolicy},
+};
 
 mod live;
 
@@ -81,6 +84,7 @@ pub fn services(contents: &Contents) -> Services {
     let mut rows: Vec<_> = contents
         .services
         .iter()
+        .filter(|(_, entry)| !is_canary(&entry.text()))
         .map(|(index, entry)| {
             let mut frontends = frontends.remove(index).unwrap_or_default();
             frontends.sort();
@@ -264,6 +268,9 @@ pub struct Backends(pub Vec<MemberRow>);
 pub fn backends(contents: &Contents) -> Backends {
     let row = |member: &Member| {
         let entry = contents.services.get(&member.service)?;
+        if is_canary(&entry.text()) {
+            return None;
+        }
         let bits = member.word.bits();
         let BackendRow {
             address,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use proxy_ebpf::abi::{AffinityKey, AffinityValue, meta_flags, peer_flags};
+use proxy_ebpf::abi::{AffinityKey, AffinityValue, SocketRecord, meta_flags, peer_flags};
 use serde::Serialize;
 
 use super::{protocol, socket};
@@ -81,6 +81,8 @@ pub struct SocketRow {
     serving: bool,
     /// Cookie of the socket's network namespace.
     netns: u64,
+    /// The socket's own cookie, as `ss -e` shows it.
+    cookie: u64,
     idle_seconds: u64,
 }
 
@@ -92,8 +94,12 @@ pub struct Sockets(pub Vec<SocketRow>);
 /// What sockets were translated from. `now_ns` is CLOCK_MONOTONIC.
 pub fn sockets(contents: &Contents, now_ns: u64) -> Sockets {
     let mut rows = Vec::new();
-    for socket_storage in &contents.sockets {
-        let used = socket_storage
+    for SocketRecord {
+        cookie,
+        socket: storage,
+    } in &contents.sockets
+    {
+        let used = storage
             .peers
             .iter()
             .filter(|peer| peer.flags & peer_flags::USED != 0);
@@ -107,7 +113,8 @@ pub fn sockets(contents: &Contents, now_ns: u64) -> Sockets {
                 serving: contents
                     .member_at(peer.member, peer.generation)
                     .is_some_and(|member| member.service == peer.service),
-                netns: socket_storage.netns_cookie,
+                netns: storage.netns_cookie,
+                cookie: *cookie,
                 idle_seconds: now_ns.saturating_sub(peer.last_used_ns) / NS_PER_SECOND,
             }
         }));

@@ -1,4 +1,4 @@
-use proxy_ebpf::abi::{Peer, Reason, SOCKET_PEERS, Socket};
+use proxy_ebpf::abi::{Peer, Reason, SOCKET_PEERS, Socket, SocketRecord};
 use serde_json::json;
 
 use super::*;
@@ -128,11 +128,12 @@ fn sockets_show_what_they_were_translated_from() {
         protocol: 6,
         last_used_ns: NOW_NS - 1_000_000_000,
     };
-    contents.sockets.push(Socket {
+    let socket = Socket {
         netns_cookie: POD,
         reserved: 0,
         peers,
-    });
+    };
+    contents.sockets.push(SocketRecord { cookie: 77, socket });
     assert_eq!(
         serde_json::to_value(sockets(&contents, NOW_NS)).unwrap(),
         json!([{
@@ -143,6 +144,7 @@ fn sockets_show_what_they_were_translated_from() {
             "connected": true,
             "serving": true,
             "netns": POD,
+            "cookie": 77,
             "idle_seconds": 1,
         }])
     );
