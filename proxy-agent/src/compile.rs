@@ -254,3 +254,6 @@ fn node_addresses(model: &Model) -> BTreeMap<IpAddr, NodeAddress> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;
