@@ -172,7 +172,10 @@ impl Model {
     }
 
     /// The slices of a Service, by name of the slice.
-    pub fn slices(&self, service: &ServiceName) -> impl Iterator<Item = &Slice> {
+    pub fn slices<'a>(
+        &'a self,
+        service: &ServiceName,
+    ) -> impl Iterator<Item = &'a Slice> + use<'a> {
         let slices = self.slices.get(service).map_or(&[][..], Vec::as_slice);
         slices.iter().map(|(_, slice)| &**slice)
     }
@@ -289,3 +292,6 @@ impl Model {
 fn position(slices: &[(SliceName, Arc<Slice>)], name: &SliceName) -> Result<usize, usize> {
     slices.binary_search_by(|(other, _)| other.cmp(name))
 }
+
+#[cfg(test)]
+mod tests;

@@ -345,3 +345,6 @@ fn ports(spec: &v1::ServiceSpec, blame: &Blame) -> Result<Box<[Port]>, Problem> 
     }
     Ok(found.into())
 }
+
+#[cfg(test)]
+mod tests;

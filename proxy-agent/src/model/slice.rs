@@ -349,3 +349,6 @@ fn ports(object: &v1::EndpointSlice, blame: &Blame) -> Result<Box<[EndpointPort]
     }
     Ok(found.into())
 }
+
+#[cfg(test)]
+mod tests;

@@ -74,8 +74,7 @@ pub fn start(
         path: path(),
         source,
     };
-    let mut watcher = Watcher::new().map_err(refused)?;
-    watcher.add(root).map_err(refused)?;
+    let watcher = Watcher::new(root).map_err(refused)?;
     let (problems, receiver) = watch::channel(Vec::new());
     let follower = Follower {
         root: root.to_owned(),
@@ -133,7 +132,11 @@ impl Follower {
                 Reading::Absent(problem) => {
                     self.publish(Some(problem));
                     thread::sleep(ABSENT);
-                    touched = Touched::everything();
+                    // What comes back is another folder, even where it has the same inode number.
+                    touched = Touched {
+                        root_left: true,
+                        ..Touched::everything()
+                    };
                     take(&mut watcher, &mut touched);
                 }
             }
@@ -163,7 +166,7 @@ impl Follower {
             Ok(identity) => identity,
             Err(error) => return Reading::Absent(self.absent(&error.to_string())),
         };
-        let is_another = self.identity.is_some_and(|known| known != identity);
+        let is_another = touched.root_left || self.identity.is_some_and(|known| known != identity);
         if is_another && self.manifests.files() > 0 && is_empty(&self.root, watcher) {
             return Reading::Absent(self.absent("an empty folder stands in its place"));
         }
@@ -234,3 +237,6 @@ fn take(watcher: &mut Watcher, touched: &mut Touched) {
         touched.all = true;
     }
 }
+
+#[cfg(test)]
+mod tests;

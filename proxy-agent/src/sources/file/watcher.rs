@@ -23,13 +23,15 @@ pub(super) struct Touched {
     pub(super) files: BTreeSet<PathBuf>,
     /// Everything: folders came or went, links moved, or events were lost.
     pub(super) all: bool,
+    /// The folder itself was deleted, moved or unmounted; another may stand in its place.
+    pub(super) root_left: bool,
 }
 
 impl Touched {
     pub(super) fn everything() -> Self {
         Self {
-            files: BTreeSet::new(),
             all: true,
+            ..Self::default()
         }
     }
 
@@ -42,19 +44,23 @@ impl Touched {
 #[derive(Debug)]
 pub(super) struct Watcher {
     inotify: Inotify,
+    root: PathBuf,
     folders: BTreeMap<WatchDescriptor, PathBuf>,
     /// Files that somebody has written to and not closed yet.
     writing: BTreeSet<PathBuf>,
 }
 
 impl Watcher {
-    /// Watches nothing yet.
-    pub(super) fn new() -> io::Result<Self> {
-        Ok(Self {
+    /// Watches `root`, without the folders below it.
+    pub(super) fn new(root: &Path) -> io::Result<Self> {
+        let mut watcher = Self {
             inotify: Inotify::init()?,
+            root: root.to_owned(),
             folders: BTreeMap::new(),
             writing: BTreeSet::new(),
-        })
+        };
+        watcher.add(root)?;
+        Ok(watcher)
     }
 
     /// Watches one folder; again and again without harm.
@@ -112,15 +118,21 @@ impl Watcher {
             self.writing.clear();
             touched.all = true;
         }
-        if mask.contains(EventMask::IGNORED) {
-            self.folders.remove(watch);
-        }
         let Some(folder) = self.folders.get(watch) else {
             return;
         };
         let Some(name) = name else {
-            touched.all |=
-                mask.intersects(EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::UNMOUNT);
+            let left = EventMask::DELETE_SELF
+                | EventMask::MOVE_SELF
+                | EventMask::UNMOUNT
+                | EventMask::IGNORED;
+            if mask.intersects(left) {
+                touched.all = true;
+                touched.root_left |= *folder == self.root;
+            }
+            if mask.contains(EventMask::IGNORED) {
+                self.folders.remove(watch);
+            }
             return;
         };
         let path = folder.join(name);
