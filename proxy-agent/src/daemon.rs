@@ -11,11 +11,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    sync::Arc,
+    time::Duration,
 };
 
-use serde_json::json;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
@@ -25,17 +24,16 @@ use crate::{
     backends::{
         self,
         ebpf::{
-            EbpfBackend,
             kernel::{KernelStore, OpenOptions},
-            view::PinnedMaps,
+            probe::probe,
         },
     },
     cli::{Global, Mode, Run},
-    health::{self, Health, Metering, SelfTest},
-    metrics::{Kernel, Metrics, ModeLabels},
-    model::{Model, Update},
+    health::SelfTest,
+    metrics::Metrics,
+    model::{NodeName, Update},
     sources::{self, file, node},
-    sync::{Inbox, Layer, Scope, SyncStatus},
+    sync::SyncStatus,
 };
 
 pub mod exclude;
@@ -43,12 +41,13 @@ pub mod namespaces;
 pub mod place;
 pub mod reaper;
 pub mod self_test;
+mod servers;
 mod socket;
 
 use exclude::Exclusions;
 use place::{cgroup, node_name};
 use reaper::Reaper;
-use socket::Tending;
+use socket::{SocketLayer, Tending};
 
 /// Updates on their way from the sources: the file source coalesces, so a few are plenty.
 const UPDATES: usize = 64;
@@ -70,16 +69,19 @@ pub enum Error {
     #[error("cannot tell the name of this node: {0}; give --node-name NAME")]
     NodeName(String),
     /// The socket layer cannot serve this node.
-    #[error("{0}")]
+    #[error(transparent)]
     Backend(#[from] backends::Error),
+    /// Something that the socket layer needs is missing.
+    #[error("this node cannot run the socket layer: {0}")]
+    Unfit(String),
     /// A source cannot start.
-    #[error("{0}")]
+    #[error(transparent)]
     Manifests(#[from] file::Error),
     /// A source cannot start.
-    #[error("{0}")]
+    #[error(transparent)]
     Addresses(#[from] node::Error),
     /// Something that every process needs.
-    #[error("cannot start {what}: {source}")]
+    #[error("cannot start {what}")]
     Process {
         /// What could not be had.
         what: &'static str,
@@ -114,96 +116,74 @@ pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
 }
 
 async fn serve(global: &Global, args: &Run, manifests: &Path) -> Result<(), Error> {
-    let signals = |kind| {
-        signal(kind).map_err(|source| Error::Process {
-            what: "signals",
-            source,
-        })
-    };
-    let (mut terminate, mut interrupt) = (
-        signals(SignalKind::terminate())?,
-        signals(SignalKind::interrupt())?,
-    );
+    let mut terminate = signal(SignalKind::terminate()).map_err(start("signals"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(start("signals"))?;
     let here = node_name(global)?;
     let cgroup = cgroup(global)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %here, manifests = %manifests.display(), "starting");
 
-    let store = KernelStore::open(OpenOptions {
-        bpf_dir: global.bpf_dir.clone(),
-        cgroup: Some(cgroup.clone()),
-        node_name: here.to_string(),
-        // Armed only while a packet layer serves the node, which would take over: there is none yet.
-        lease: None,
-        log: args.log_programs,
-    })?;
+    let (updates, received) = mpsc::channel(UPDATES);
+    let broken = file::start(manifests, here.clone(), updates.clone())?;
+    node::start(updates)?;
+    let store = open(global, args, &cgroup, &here)?;
     let metrics = Arc::new(Metrics::default());
-    let mode = mode(args.mode, &store, &metrics);
-    let model = Arc::new(Mutex::new(Model::new(here.clone())));
-    let inbox = Arc::new(Inbox::new(metrics.changes_pending.clone()));
-    let backend = EbpfBackend::new(store);
-    let layer = Layer::new("socket", backend, Arc::clone(&metrics), Instant::now());
-    let status = layer.status();
+    let mode = servers::mode(args.mode, &store, &metrics);
     let tending = Tending {
         exclusions: Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup),
         reaper: Reaper::start(global.bpf_dir.join("links")).map_err(start("a thread"))?,
     };
-    let thread = socket::start(
-        layer,
-        tending,
-        Arc::clone(&inbox),
-        Arc::clone(&model),
-        Arc::clone(&metrics),
-    );
-    let thread = thread.map_err(start("a thread"))?;
-
-    let (updates, received) = mpsc::channel(UPDATES);
-    let broken = file::start(manifests, here, updates.clone())?;
-    node::start(updates)?;
+    let layer = SocketLayer::start(store, here, tending, &metrics).map_err(start("a thread"))?;
     let (tested, self_test) = watch::channel(SelfTest::default());
-    let health = Health {
-        status: status.clone(),
-        self_test,
-        started: Instant::now(),
-    };
-    let metering = Metering {
-        metrics: Arc::clone(&metrics),
-        kernel: kernel_counters(global.bpf_dir.clone()),
-        mode,
-        config: Arc::new(config(global, args, &cgroup)),
-    };
+    let health = servers::health(args, layer.status(), self_test);
+    let metering = servers::metrics(global, args, &cgroup, mode, &metrics);
+
     let result = tokio::select! {
-        () = follow(received, &model, &inbox) => Err(Error::Ended("sources")),
-        () = until_gone(status.clone()) => Err(Error::Ended("socket layer")),
+        () = follow(received, &layer) => Err(Error::Ended("sources")),
+        () = until_gone(layer.status()) => Err(Error::Ended("socket layer")),
         () = count_broken(broken, &metrics) => Err(Error::Ended("manifest source")),
-        () = test_hooks(status, cgroup, tested) => Err(Error::Ended("self-test")),
-        () = health::serve("healthz", args.healthz_bind_address, health::health_router(health)) => Err(Error::Ended("healthz server")),
-        () = health::serve("metrics", args.metrics_bind_address, health::metrics_router(metering)) => Err(Error::Ended("metrics server")),
+        () = test_hooks(layer.status(), cgroup, tested) => Err(Error::Ended("self-test")),
+        () = health => Err(Error::Ended("healthz server")),
+        () = metering => Err(Error::Ended("metrics server")),
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),
     };
-    inbox.stop();
-    // A thread that panicked has said so; the result below is already an error then.
-    let _ = thread.join();
-    let signal = result?;
-    tracing::info!(signal, "stopped; the programs in the kernel go on serving");
+    layer.stop();
+    tracing::info!(
+        signal = result?,
+        "stopped; the programs in the kernel go on serving"
+    );
     Ok(())
 }
 
-/// Takes updates into the model and tells the layer what they touch.
-async fn follow(mut updates: mpsc::Receiver<Update>, model: &Mutex<Model>, inbox: &Inbox) {
-    while let Some(update) = updates.recv().await {
-        let (dirty, synced, complete) = {
-            let mut model = lock(model);
-            (model.apply(update), model.is_synced(), model.is_complete())
-        };
-        inbox.push(Scope::Part(dirty));
-        inbox.sources(synced, complete);
-    }
+/// Opens the kernel's maps, or says all that this node lacks for them.
+fn open(global: &Global, args: &Run, cgroup: &Path, here: &NodeName) -> Result<KernelStore, Error> {
+    let options = OpenOptions {
+        bpf_dir: global.bpf_dir.clone(),
+        cgroup: Some(cgroup.to_owned()),
+        node_name: here.to_string(),
+        // Armed only while a packet layer serves the node, which would take over: there is none yet.
+        lease: None,
+        log: args.log_programs,
+    };
+    KernelStore::open(options).map_err(|error| {
+        let missing = probe(&global.bpf_dir, Some(cgroup)).missing.into_iter();
+        let required: Vec<String> = missing
+            .filter(|missing| missing.is_required)
+            .map(|missing| missing.text)
+            .collect();
+        if required.is_empty() {
+            Error::Backend(error)
+        } else {
+            Error::Unfit(required.join("; "))
+        }
+    })
 }
 
-/// Updates are applied whole or not at all, even by a thread that panics while it reads.
-fn lock(model: &Mutex<Model>) -> MutexGuard<'_, Model> {
-    model.lock().unwrap_or_else(PoisonError::into_inner)
+/// Takes updates into the model and tells the layer what they touch.
+async fn follow(mut updates: mpsc::Receiver<Update>, layer: &SocketLayer) {
+    while let Some(update) = updates.recv().await {
+        layer.update(update);
+    }
 }
 
 async fn until_gone(mut status: watch::Receiver<SyncStatus>) {
@@ -253,63 +233,4 @@ async fn test_hooks(
         tested.send_replace(SelfTest::Passed);
     }
     std::future::pending().await
-}
-
-/// Says which layers serve this node, and why.
-fn mode(asked: Mode, store: &KernelStore, metrics: &Metrics) -> &'static str {
-    let mut reason = match asked {
-        Mode::Auto | Mode::Iptables => "chosen: this kernel has what the socket layer needs",
-        Mode::Ebpf => "asked for",
-    }
-    .to_owned();
-    for left_out in store.left_out() {
-        tracing::warn!(
-            program = left_out.program,
-            reason = left_out.reason,
-            "left out"
-        );
-        reason.push_str("; without ");
-        reason.push_str(&left_out.program);
-    }
-    tracing::info!(socket = "ebpf", packet = "off", reason, "mode");
-    let labels = ModeLabels {
-        socket: "ebpf",
-        packet: "off",
-        reason,
-    };
-    metrics.mode_info.get_or_create(&labels).set(1);
-    "ebpf"
-}
-
-/// Reads the counters of the kernel at each scrape. A swap may have moved them: the directory is opened each time.
-fn kernel_counters(bpf_dir: PathBuf) -> Arc<dyn Fn() -> Option<Kernel> + Send + Sync> {
-    Arc::new(move || {
-        let maps = PinnedMaps::open(&bpf_dir).ok()?;
-        let summaries = maps.maps().ok()?.into_iter();
-        Some(Kernel {
-            maps: summaries
-                .map(|map| {
-                    (
-                        map.name,
-                        map.entries.map(u64::from),
-                        u64::from(map.capacity),
-                    )
-                })
-                .collect(),
-            reasons: maps.reasons().ok()?,
-        })
-    })
-}
-
-fn config(global: &Global, args: &Run, cgroup: &Path) -> serde_json::Value {
-    json!({
-        "bpfDir": global.bpf_dir,
-        "cgroup": cgroup,
-        "manifests": args.sources.manifests,
-        "mode": format!("{:?}", args.mode).to_lowercase(),
-        "healthzBindAddress": args.healthz_bind_address,
-        "metricsBindAddress": args.metrics_bind_address,
-        "socketExcludeCgroup": args.socket_exclude_cgroup,
-        "socketLeaseSeconds": args.socket_lease.as_secs(),
-    })
 }

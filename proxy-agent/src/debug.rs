@@ -30,23 +30,17 @@ use rehearse::{Rehearsal, rehearse};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The pinned maps cannot be read.
-    #[error("{0}")]
-    Maps(backends::Error),
+    #[error(transparent)]
+    Maps(#[from] backends::Error),
     /// A source cannot be read.
-    #[error("{0}")]
+    #[error(transparent)]
     Source(#[from] daemon::Error),
     /// The client is unknown.
     #[error("{0}")]
     Client(String),
     /// Standard output.
-    #[error("cannot write the answer: {0}")]
+    #[error("cannot write the answer")]
     Output(#[source] std::io::Error),
-}
-
-impl From<backends::Error> for Error {
-    fn from(error: backends::Error) -> Self {
-        Self::Maps(error)
-    }
 }
 
 fn show(report: &impl Report, output: cli::Output) -> Result<(), Error> {

@@ -113,7 +113,7 @@ impl<B: Backend> Layer<B> {
         }
     }
 
-    /// Follows how the layer is doing.
+    /// Follows how the layer is doing: wakes for the first sync, for errors and for their end.
     pub fn status(&self) -> watch::Receiver<SyncStatus> {
         self.status.subscribe()
     }
@@ -280,8 +280,11 @@ impl<B: Backend> Layer<B> {
             self.failures = 0;
         }
         let entries = self.observed.as_ref().map_or(0, BTreeMap::len);
-        self.status.send_modify(|status| {
-            if complete && !status.is_synced {
+        // Nobody is woken by one more success: at 20,000 changes a second that would cost as much as the syncs.
+        self.status.send_if_modified(|status| {
+            let is_first = complete && !status.is_synced;
+            let is_news = is_first || status.last_error.is_some();
+            if is_first {
                 status.is_synced = true;
                 tracing::info!(
                     layer = self.name,
@@ -294,6 +297,7 @@ impl<B: Backend> Layer<B> {
             status.last_success = Some(now);
             status.generation += u64::from(applied > 0);
             status.entries = entries;
+            is_news
         });
         Due {
             not_before: None,

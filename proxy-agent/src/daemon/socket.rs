@@ -2,16 +2,19 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
+    time::Instant,
 };
 
-use super::{exclude::Exclusions, lock, reaper::Reaper, self_test};
+use tokio::sync::watch;
+
+use super::{exclude::Exclusions, reaper::Reaper, self_test};
 use crate::{
     backends::ebpf::{EbpfBackend, kernel::KernelStore},
     compile::Compiler,
     metrics::Metrics,
-    model::{Dirty, Model},
+    model::{Dirty, Model, NodeName, Update},
     sync::{Compiled, Inbox, Layer, Moment, Scope, SyncStatus},
 };
 
@@ -24,34 +27,94 @@ pub struct Tending {
     pub reaper: Reaper,
 }
 
-/// Starts the thread.
-///
-/// # Errors
-/// There is none to be had.
-pub fn start(
-    layer: Layer<EbpfBackend<KernelStore>>,
-    tending: Tending,
-    inbox: Arc<Inbox>,
+/// The socket layer at work.
+#[derive(Debug)]
+pub struct SocketLayer {
     model: Arc<Mutex<Model>>,
-    metrics: Arc<Metrics>,
-) -> io::Result<JoinHandle<()>> {
+    inbox: Arc<Inbox>,
+    status: watch::Receiver<SyncStatus>,
+    thread: JoinHandle<()>,
+}
+
+impl SocketLayer {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// There is none to be had.
+    pub fn start(
+        store: KernelStore,
+        here: NodeName,
+        tending: Tending,
+        metrics: &Arc<Metrics>,
+    ) -> io::Result<Self> {
+        let model = Arc::new(Mutex::new(Model::new(here)));
+        let inbox = Arc::new(Inbox::new(metrics.changes_pending.clone()));
+        let backend = EbpfBackend::new(store);
+        let layer = Layer::new("socket", backend, Arc::clone(metrics), Instant::now());
+        let status = layer.status();
+        let work = {
+            let (model, inbox, metrics) =
+                (Arc::clone(&model), Arc::clone(&inbox), Arc::clone(metrics));
+            move || work(layer, &tending, &model, &inbox, &metrics)
+        };
+        let thread = thread::Builder::new()
+            .name("socket-layer".to_owned())
+            .spawn(work)?;
+        Ok(Self {
+            model,
+            inbox,
+            status,
+            thread,
+        })
+    }
+
+    /// How it is doing; closed when the thread has ended.
+    pub fn status(&self) -> watch::Receiver<SyncStatus> {
+        self.status.clone()
+    }
+
+    /// Takes in an update.
+    pub fn update(&self, update: Update) {
+        let (dirty, synced, complete) = {
+            let mut model = lock(&self.model);
+            (model.apply(update), model.is_synced(), model.is_complete())
+        };
+        self.inbox.push(Scope::Part(dirty));
+        self.inbox.sources(synced, complete);
+    }
+
+    /// Waits for the end of what the thread is doing, and of the thread.
+    pub fn stop(self) {
+        self.inbox.stop();
+        // A thread that panicked has said so, and its end is reported by the closed status.
+        let _ = self.thread.join();
+    }
+}
+
+fn work(
+    layer: Layer<EbpfBackend<KernelStore>>,
+    tending: &Tending,
+    model: &Mutex<Model>,
+    inbox: &Inbox,
+    metrics: &Metrics,
+) {
     let mut compiler = Compiler::default();
-    let compile = move |scope: &Scope| {
-        let compiled = compile(&mut compiler, &lock(&model), scope);
+    let compile = |scope: &Scope| {
+        let compiled = compile(&mut compiler, &lock(model), scope);
         let count = compiler.problems().count();
         metrics
             .problems
             .set(i64::try_from(count).unwrap_or(i64::MAX));
         compiled
     };
-    let work = move || {
-        layer.run(&inbox, compile, |backend, status, moment| {
-            tend(backend, status, moment, &tending);
-        });
-    };
-    thread::Builder::new()
-        .name("socket-layer".to_owned())
-        .spawn(work)
+    layer.run(inbox, compile, |backend, status, moment| {
+        tend(backend, status, moment, tending)
+    });
+}
+
+/// Updates are applied whole or not at all, even by a thread that panics while it reads.
+fn lock(model: &Mutex<Model>) -> MutexGuard<'_, Model> {
+    model.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Compiles what changed and logs each problem once, when it comes up.

@@ -92,13 +92,14 @@ impl Inbox {
     /// Says how far the sources are. Reaching either milestone asks for everything to be compared.
     pub fn sources(&self, synced: bool, complete: bool) {
         let mut turn = self.lock();
-        if (synced && !turn.synced) || (complete && !turn.complete) {
-            turn.scope = Scope::All;
-        }
+        let news = (synced && !turn.synced) || (complete && !turn.complete);
         turn.synced = synced;
         turn.complete = complete;
-        drop(turn);
-        self.wake.notify_one();
+        if news {
+            turn.scope = Scope::All;
+            drop(turn);
+            self.wake.notify_one();
+        }
     }
 
     /// Ends the layer's loop after the turn it is in.

@@ -1,0 +1,109 @@
+//! The two HTTP servers, and what they answer from.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use serde_json::json;
+use tokio::sync::watch;
+
+use crate::{
+    backends::ebpf::{kernel::KernelStore, view::PinnedMaps},
+    cli::{Global, Mode, Run},
+    health::{self, Health, Metering, SelfTest},
+    metrics::{Kernel, Metrics, ModeLabels},
+    sync::SyncStatus,
+};
+
+/// Serves `/readyz`, `/livez` and `/healthz`.
+pub fn health(
+    args: &Run,
+    status: watch::Receiver<SyncStatus>,
+    self_test: watch::Receiver<SelfTest>,
+) -> impl Future<Output = ()> + use<> {
+    let started = Instant::now();
+    let router = health::health_router(Health {
+        status,
+        self_test,
+        started,
+    });
+    health::serve("healthz", args.healthz_bind_address, router)
+}
+
+/// Serves `/metrics`, `/proxyMode` and `/configz`.
+pub fn metrics(
+    global: &Global,
+    args: &Run,
+    cgroup: &Path,
+    mode: &'static str,
+    metrics: &Arc<Metrics>,
+) -> impl Future<Output = ()> + use<> {
+    let router = health::metrics_router(Metering {
+        metrics: Arc::clone(metrics),
+        kernel: kernel_counters(global.bpf_dir.clone()),
+        mode,
+        config: Arc::new(config(global, args, cgroup)),
+    });
+    health::serve("metrics", args.metrics_bind_address, router)
+}
+
+/// Says which layers serve this node, and why.
+pub fn mode(asked: Mode, store: &KernelStore, metrics: &Metrics) -> &'static str {
+    let mut reason = match asked {
+        Mode::Auto | Mode::Iptables => "chosen: this kernel has what the socket layer needs",
+        Mode::Ebpf => "asked for",
+    }
+    .to_owned();
+    for left_out in store.left_out() {
+        tracing::warn!(
+            program = left_out.program,
+            reason = left_out.reason,
+            "left out"
+        );
+        reason.push_str("; without ");
+        reason.push_str(&left_out.program);
+    }
+    tracing::info!(socket = "ebpf", packet = "off", reason, "mode");
+    let labels = ModeLabels {
+        socket: "ebpf",
+        packet: "off",
+        reason,
+    };
+    metrics.mode_info.get_or_create(&labels).set(1);
+    "ebpf"
+}
+
+/// Reads the counters of the kernel at each scrape. A swap may have moved them: the directory is opened each time.
+fn kernel_counters(bpf_dir: PathBuf) -> Arc<dyn Fn() -> Option<Kernel> + Send + Sync> {
+    Arc::new(move || {
+        let maps = PinnedMaps::open(&bpf_dir).ok()?;
+        let summaries = maps.maps().ok()?.into_iter();
+        Some(Kernel {
+            maps: summaries
+                .map(|map| {
+                    (
+                        map.name,
+                        map.entries.map(u64::from),
+                        u64::from(map.capacity),
+                    )
+                })
+                .collect(),
+            reasons: maps.reasons().ok()?,
+        })
+    })
+}
+
+fn config(global: &Global, args: &Run, cgroup: &Path) -> serde_json::Value {
+    json!({
+        "bpfDir": global.bpf_dir,
+        "cgroup": cgroup,
+        "manifests": args.sources.manifests,
+        "mode": format!("{:?}", args.mode).to_lowercase(),
+        "healthzBindAddress": args.healthz_bind_address,
+        "metricsBindAddress": args.metrics_bind_address,
+        "socketExcludeCgroup": args.socket_exclude_cgroup,
+        "socketLeaseSeconds": args.socket_lease.as_secs(),
+    })
+}
