@@ -38,19 +38,32 @@ impl Abi {
 /// When a compiler is missing or refuses.
 pub fn run(workspace: &Workspace, release: bool, next: bool) -> Result<()> {
     remedy::ensure(workspace, &[Purpose::Build])?;
-    println!("{}", agent(workspace, Abi::Current, release)?.display());
-    if next {
-        println!("{}", agent(workspace, Abi::Next, release)?.display());
+    let abis: &[Abi] = if next {
+        &[Abi::Current, Abi::Next]
+    } else {
+        &[Abi::Current]
+    };
+    for agent in agents(workspace, abis, release)? {
+        println!("{}", agent.display());
     }
     Ok(())
 }
 
-/// The agent's file, built if its sources changed.
+/// The agents' files, in the order asked for; built if their sources changed.
 ///
+/// All programs are built before the first agent: a new object makes cargo build every agent again.
+pub fn agents(workspace: &Workspace, abis: &[Abi], release: bool) -> Result<Vec<PathBuf>> {
+    for abi in abis {
+        programs(workspace, *abi)?;
+    }
+    abis.iter()
+        .map(|abi| agent(workspace, *abi, release))
+        .collect()
+}
+
 /// Static, so that it runs in an empty container image; built with `--target`, so that the flag for it reaches neither
 /// build scripts nor what plain `cargo check` and `cargo test` have compiled.
-pub fn agent(workspace: &Workspace, abi: Abi, release: bool) -> Result<PathBuf> {
-    let object = programs(workspace, abi)?;
+fn agent(workspace: &Workspace, abi: Abi, release: bool) -> Result<PathBuf> {
     let host = Version::of(&mut workspace.command("rustc"))
         .context("rustc does not say its version: is it in PATH?")?
         .host;
@@ -65,15 +78,14 @@ pub fn agent(workspace: &Workspace, abi: Abi, release: bool) -> Result<PathBuf> 
         &host,
     ]);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
+    // The build script takes the object from where we put it, by feature.
+    cargo.env_remove("PROXY_EBPF_OBJECT");
     if release {
         cargo.arg("--release");
     }
-    match abi {
-        Abi::Current => cargo.env_remove("PROXY_EBPF_OBJECT"),
-        Abi::Next => cargo
-            .args(["--features", "abi-next"])
-            .env("PROXY_EBPF_OBJECT", object),
-    };
+    if abi == Abi::Next {
+        cargo.args(["--features", "abi-next"]);
+    }
     process::run(&mut cargo)?;
     let profile = if release { "release" } else { "debug" };
     let built = workspace.target(&format!("{host}/{profile}/proxy-agent"));
@@ -84,7 +96,7 @@ pub fn agent(workspace: &Workspace, abi: Abi, release: bool) -> Result<PathBuf> 
 }
 
 /// The object file of the eBPF programs, where `proxy-agent/build.rs` finds it.
-pub fn programs(workspace: &Workspace, abi: Abi) -> Result<PathBuf> {
+fn programs(workspace: &Workspace, abi: Abi) -> Result<PathBuf> {
     let toolchain = Toolchain::detect(workspace)?;
     let mut cargo = toolchain.cargo(workspace, "build");
     cargo.args([

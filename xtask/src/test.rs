@@ -62,11 +62,8 @@ pub fn run(workspace: &Workspace, level: Level, filter: Option<&str>) -> Result<
     }
     let mut agents = Vec::new();
     if level.needs_root() {
-        agents.push(("PROXY_AGENT", build::agent(workspace, Abi::Current, false)?));
-        agents.push((
-            "PROXY_AGENT_NEXT",
-            build::agent(workspace, Abi::Next, false)?,
-        ));
+        let built = build::agents(workspace, &[Abi::Current, Abi::Next], false)?;
+        agents.extend(["PROXY_AGENT", "PROXY_AGENT_NEXT"].into_iter().zip(built));
         process::run(
             workspace
                 .cargo()
@@ -204,13 +201,13 @@ pub fn demo(workspace: &Workspace, keep: bool, remove: bool) -> Result<()> {
         workspace,
         &[Purpose::Build, Purpose::Kernel, Purpose::Scenarios],
     )?;
-    let agent = build::agent(workspace, Abi::Current, false)?;
+    let agents = build::agents(workspace, &[Abi::Current], false)?;
     process::run(
         workspace
             .cargo()
             .args(["build", "--package", PACKAGE, "--bins"]),
     )?;
-    let mut demo = with_agent(workspace, &workspace.target("debug/demo"), agent);
+    let mut demo = with_agents(workspace, &workspace.target("debug/demo"), &agents);
     become_it(
         demo.args(keep.then_some("--keep"))
             .args(remove.then_some("--remove")),
@@ -226,18 +223,18 @@ pub fn bench(workspace: &Workspace, arguments: &[String]) -> Result<()> {
         workspace,
         &[Purpose::Build, Purpose::Kernel, Purpose::Scenarios],
     )?;
-    let agent = build::agent(workspace, Abi::Current, true)?;
+    let agents = build::agents(workspace, &[Abi::Current], true)?;
     process::run(
         workspace
             .cargo()
             .args(["build", "--release", "--package", PACKAGE, "--bins"]),
     )?;
-    become_it(with_agent(workspace, &workspace.target("release/bench"), agent).args(arguments))
+    become_it(with_agents(workspace, &workspace.target("release/bench"), &agents).args(arguments))
 }
 
-fn with_agent(workspace: &Workspace, program: &Path, agent: PathBuf) -> Command {
+fn with_agents(workspace: &Workspace, program: &Path, agents: &[PathBuf]) -> Command {
     let mut command = workspace.command(program);
-    command.env("PROXY_AGENT", agent);
+    command.envs(agents.iter().map(|agent| ("PROXY_AGENT", agent)));
     command
 }
 
