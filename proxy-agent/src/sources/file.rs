@@ -197,7 +197,7 @@ impl Follower {
             path: self.root.clone(),
             line: None,
             what: format!(
-                "the folder of manifests is gone: {why}; everything in use stays until it is back"
+                "cannot read the folder of manifests: {why}; everything in use stays as it is until the folder is back"
             ),
         }
     }

@@ -29,6 +29,8 @@ pub struct Manifests {
     holders: HashMap<Key, Vec<Arc<Path>>>,
     /// Objects in more than one file.
     contested: BTreeSet<Key>,
+    /// What is wrong in a file.
+    faults: BTreeMap<Arc<Path>, Vec<Fault>>,
     /// What could not be listed.
     unlisted: Vec<Problem>,
     complete: bool,
@@ -40,7 +42,6 @@ struct File {
     stamp: Option<Stamp>,
     /// Sorted; the last good version of each object.
     objects: Box<[(Key, Value)]>,
-    faults: Vec<Fault>,
     /// Something in it may have a version in the kernel that we do not know.
     is_unknown: bool,
 }
@@ -64,6 +65,7 @@ impl Manifests {
             files: BTreeMap::new(),
             holders: HashMap::new(),
             contested: BTreeSet::new(),
+            faults: BTreeMap::new(),
             unlisted: Vec::new(),
             complete: false,
         }
@@ -126,8 +128,8 @@ impl Manifests {
     /// All that is wrong now, sorted.
     pub fn problems(&self) -> Vec<Problem> {
         let mut found = self.unlisted.clone();
-        for (path, file) in &self.files {
-            found.extend(file.faults.iter().map(|Fault { line, what }| Problem {
+        for (path, faults) in &self.faults {
+            found.extend(faults.iter().map(|Fault { line, what }| Problem {
                 path: path.to_path_buf(),
                 line: *line,
                 what: what.clone(),
@@ -180,7 +182,7 @@ impl Manifests {
             ..File::default()
         });
         file.stamp = stamp;
-        file.faults = vec![fault];
+        self.faults.insert(path.into(), vec![fault]);
     }
 
     fn replace(&mut self, path: &Path, stamp: Stamp, parsed: Parsed, before: &mut Before) {
@@ -210,7 +212,6 @@ impl Manifests {
         let file = File {
             stamp: Some(stamp),
             objects: kept.into(),
-            faults,
             is_unknown,
         };
         let gone: Vec<Key> = {
@@ -225,6 +226,11 @@ impl Manifests {
             self.note(key, before);
         }
         self.files.insert(Arc::clone(&path), file);
+        if faults.is_empty() {
+            self.faults.remove(&path);
+        } else {
+            self.faults.insert(Arc::clone(&path), faults);
+        }
         for key in gone {
             self.drop_holder(&key, &path);
         }
@@ -246,6 +252,7 @@ impl Manifests {
             self.note(key, before);
         }
         self.files.remove(path);
+        self.faults.remove(path);
         for key in keys {
             self.drop_holder(&key, path);
         }
@@ -290,8 +297,10 @@ impl Manifests {
 
     fn changes(&mut self, before: Before) -> Objects {
         // Once everything was known, a file that breaks keeps what we know of it.
-        self.complete |=
-            self.unlisted.is_empty() && !self.files.values().any(|file| file.is_unknown);
+        if !self.complete {
+            let is_unknown = self.files.values().any(|file| file.is_unknown);
+            self.complete = self.unlisted.is_empty() && !is_unknown;
+        }
         let mut objects = Objects {
             complete: self.complete,
             ..Objects::default()

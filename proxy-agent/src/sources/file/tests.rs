@@ -228,7 +228,7 @@ fn a_vanished_folder_changes_nothing_until_it_is_back_with_something_in_it() {
     });
     followed.next();
     fs::remove_dir_all(followed.path("")).unwrap();
-    followed.wait_for_problem("the folder of manifests is gone: No such file");
+    followed.wait_for_problem("cannot read the folder of manifests: No such file");
     fs::create_dir(followed.path("")).unwrap();
     followed.wait_for_problem("an empty folder stands in its place");
     fs::write(followed.path("a.yaml"), service("a", "10.0.0.3")).unwrap();
