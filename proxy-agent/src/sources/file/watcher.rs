@@ -172,3 +172,41 @@ impl Watcher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn lost_events_lead_to_a_reading_of_everything() {
+        let dir = TempDir::new().unwrap();
+        let mut watcher = Watcher::new(dir.path()).unwrap();
+        let [a, b] = ["a.yaml", "b.yaml"].map(|name| dir.path().join(name));
+        fs::write(&a, "").unwrap();
+        let limit = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap();
+        // Each renaming back and forth is four events.
+        for _ in 0..limit.trim().parse::<u32>().unwrap() / 4 + 1 {
+            fs::rename(&a, &b).unwrap();
+            fs::rename(&b, &a).unwrap();
+        }
+        let mut touched = Touched::default();
+        watcher.read(&mut touched).unwrap();
+        assert!(touched.all && !touched.root_left, "{touched:?}");
+        assert!(watcher.writing().is_empty());
+    }
+
+    #[test]
+    fn files_of_other_names_touch_nothing() {
+        let dir = TempDir::new().unwrap();
+        let mut watcher = Watcher::new(dir.path()).unwrap();
+        for name in ["notes.txt", ".a.yaml.swp", "a.yaml.tmp", ".hidden.yaml"] {
+            fs::write(dir.path().join(name), "text").unwrap();
+            fs::remove_file(dir.path().join(name)).unwrap();
+        }
+        let mut touched = Touched::default();
+        watcher.read(&mut touched).unwrap();
+        assert!(touched.is_empty(), "{touched:?}");
+    }
+}

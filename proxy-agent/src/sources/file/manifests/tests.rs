@@ -253,3 +253,45 @@ fn what_cannot_be_read_keeps_its_content_and_is_told() {
         fs::set_permissions(folder.path("sub"), fs::Permissions::from_mode(0o755)).unwrap();
     }
 }
+
+/// Objects as a model would hold them.
+fn gather(held: &mut BTreeMap<String, String>, objects: &Objects) {
+    for change in changed(objects) {
+        let (name, ip) = change.split_once('=').unwrap();
+        if ip.is_empty() {
+            held.remove(name);
+        } else {
+            held.insert(name.into(), ip.into());
+        }
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 60, failure_persistence: None, ..Default::default() })]
+
+    /// Each step gives a file new Services, or deletes it, and reads that file or everything.
+    #[test]
+    fn reading_bit_by_bit_equals_reading_afresh(
+        steps in proptest::collection::vec((0..4_u8, proptest::option::of(proptest::collection::vec((0..4_u8, 1..4_u8), 0..3)), proptest::bool::ANY), 1..12)
+    ) {
+        let mut folder = Folder::new();
+        let mut held = BTreeMap::new();
+        for (file, services, by_scan) in steps {
+            let file = format!("{file}.yaml");
+            match services {
+                Some(services) => {
+                    let text = services.iter().map(|(name, ip)| service(&format!("s{name}"), &format!("10.0.0.{ip}")));
+                    folder.write(&file, &text.collect::<String>());
+                }
+                None => drop(fs::remove_file(folder.path(&file))),
+            }
+            let objects = if by_scan { folder.scan() } else { folder.reload(&file) };
+            gather(&mut held, &objects);
+            let mut fresh = Manifests::new(folder.dir.path(), NodeName::new("node-a"));
+            let mut all = BTreeMap::new();
+            gather(&mut all, &fresh.scan(&BTreeSet::new(), &mut |_| {}).unwrap());
+            proptest::prop_assert_eq!(&held, &all);
+            proptest::prop_assert_eq!(folder.manifests.problems(), fresh.problems());
+        }
+    }
+}
