@@ -591,8 +591,10 @@ pub struct Meta {
     pub generation: u64,
     /// Name of the node, zero-padded.
     pub node: [u8; 64],
+    /// Digest of the programs that were attached last, by which a restarted agent knows its own without loading them.
+    pub programs: u64,
     /// Zero.
-    pub reserved: [u64; 19],
+    pub reserved: [u64; 18],
 }
 
 /// Flags of [`Meta`].
@@ -739,7 +741,7 @@ plain! {
     DeadSocket { netns_cookie: u64, cookie: u64 } = 16;
     PeerKey { cookie: u64, addr: Addr, port: Be16, by: u16, pad: u32 } = 32;
     Name { len: u8, protocol: u8, family: u8, pad: u8, text: [u8; NAME_LEN] } = 200;
-    Meta { abi_version: u32, flags: u32, netns_cookie: u64, heartbeat_ns: u64, lease_ns: u64, generation: u64, node: [u8; 64], reserved: [u64; 19] } = 256;
+    Meta { abi_version: u32, flags: u32, netns_cookie: u64, heartbeat_ns: u64, lease_ns: u64, generation: u64, node: [u8; 64], programs: u64, reserved: [u64; 18] } = 256;
     Stats { connections: u64, datagrams: u64, refused: u64, reserved: u64 } = 32;
 }
 

@@ -122,6 +122,7 @@ fn meta() -> Meta {
         lease_ns: 0,
         generation: 1,
         node,
-        reserved: [0; 19],
+        programs: 0,
+        reserved: [0; 18],
     }
 }

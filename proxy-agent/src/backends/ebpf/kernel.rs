@@ -2,38 +2,34 @@
 
 use std::{
     collections::BTreeSet,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use proxy_ebpf::abi::{ABI_VERSION, Meta, Stats, meta_flags};
+use proxy_ebpf::abi::{Meta, Stats, meta_flags};
 
-use self::{
-    build::{Recipe, Share},
-    grace::Grace,
-    open::Found,
-};
+use self::{current::Current, grace::Grace};
 use super::{
-    dir::{Directory, Generation},
+    dir::Directory,
     links::{self, Cgroup},
     load::{Constants, LeftOut, Object},
-    maps::{Array, Hash},
+    maps::Hash,
     probe,
     refused::refused,
-    store::Capacity,
-    tables::{Fds, Tables, handle, hash},
+    tables::{Fds, Tables, hash},
 };
 use crate::backends::Error;
 
 mod as_store;
 mod build;
+mod current;
 mod grace;
 mod hooks;
 mod open;
 mod shapes;
+mod swap;
 
-pub use open::current;
+pub use open::newest_complete;
 pub use shapes::type_name;
 
 /// Where and as whom the maps are kept.
@@ -67,59 +63,6 @@ pub struct KernelStore {
     left_out: Vec<LeftOut>,
     opt_out: BTreeSet<u64>,
     grace: Grace,
-}
-
-/// The generation that the agent writes.
-struct Current {
-    generation: Generation,
-    fds: Fds,
-    tables: Tables,
-    /// Programs are attached to it: growing it moves them at once.
-    in_use: bool,
-    /// STATS of the generation before, to be added when the hooks have moved.
-    old_stats: Option<OwnedFd>,
-}
-
-impl Current {
-    fn new(
-        generation: Generation,
-        fds: Fds,
-        in_use: bool,
-        old_stats: Option<OwnedFd>,
-    ) -> Result<Self, Error> {
-        Ok(Self {
-            tables: Tables::new(&fds, true)?,
-            generation,
-            fds,
-            in_use,
-            old_stats,
-        })
-    }
-
-    /// Adds the totals of the generation before.
-    fn add_old_stats(&mut self) -> Result<(), Error> {
-        let Some(old) = self.old_stats.take() else {
-            return Ok(());
-        };
-        let old = Array::new(old, false).map_err(|error| refused("map", "map STATS", error))?;
-        for index in 0..old.len().min(self.tables.stats.len()) {
-            let Stats {
-                connections,
-                datagrams,
-                refused,
-                reserved: _,
-            } = old.read(index);
-            let counters = [
-                (std::mem::offset_of!(Stats, connections), connections),
-                (std::mem::offset_of!(Stats, datagrams), datagrams),
-                (std::mem::offset_of!(Stats, refused), refused),
-            ];
-            for (offset, total) in counters.into_iter().filter(|(_, total)| *total != 0) {
-                self.tables.stats.add(index, offset, total);
-            }
-        }
-        Ok(())
-    }
 }
 
 impl KernelStore {
@@ -157,134 +100,9 @@ impl KernelStore {
             opt_out: BTreeSet::new(),
             grace,
         };
-        match found {
-            Found::Nothing { newest } => store.newest = newest,
-            Found::Adopted(generation, fds) => {
-                store.newest = generation.number;
-                store.current = Some(Current::new(generation, fds, true, None)?);
-                store.complete_a_swap(&object)?;
-            }
-            Found::Swapped {
-                generation,
-                fds,
-                stats,
-            } => {
-                store.newest = generation.number;
-                store.current = Some(Current::new(generation, fds, false, stats)?);
-            }
-        }
+        store.take(found, &object)?;
         store.opt_out = store.opted_out()?;
         Ok(store)
-    }
-
-    /// An agent may have died between the first and the last hook that it moved. Its maps were level then, so the others
-    /// can follow now, before anything is written.
-    fn complete_a_swap(&mut self, object: &Object) -> Result<(), Error> {
-        let Some(current) = &self.current else {
-            return Ok(());
-        };
-        if links::all_belong_to(&self.dir.links()?, &current.generation)? {
-            return Ok(());
-        }
-        tracing::info!(
-            generation = current.generation.number,
-            "a generation swap is completed"
-        );
-        self.move_hooks(object)
-    }
-
-    fn move_hooks(&mut self, object: &Object) -> Result<(), Error> {
-        let Some(current) = &mut self.current else {
-            return Ok(());
-        };
-        let ready = hooks::load(object, &current.generation, &current.fds)?;
-        self.left_out = hooks::attach(&self.dir, &current.generation, &self.cgroup, ready)?;
-        current.in_use = true;
-        current.add_old_stats()
-    }
-
-    /// Makes room for `need`: a new generation, shared with the one before as far as `share` says.
-    fn grow(&mut self, need: &Capacity) -> Result<(), Error> {
-        let object = Object::embedded(self.constants)?;
-        let nothing = Fds::new();
-        let number = self.newest + 1;
-        let recipe = Recipe {
-            old: self
-                .current
-                .as_ref()
-                .map_or(&nothing, |current| &current.fds),
-            share: Share::WhatFits,
-            keep_ids: self.current.is_some(),
-            need: *need,
-        };
-        let (generation, fds) = build::build(&self.dir, &object, number, &recipe)?;
-        self.newest = number;
-        let Some(old) = self.current.take() else {
-            self.current = Some(Current::new(generation, fds, false, None)?);
-            return self.write_opt_out();
-        };
-        let grown = self.adopt_grown(&object, &old, generation.clone(), fds);
-        match grown {
-            Ok(()) => build::remove(&old.generation, &object),
-            Err(error) if self.current.is_some() => Err(error),
-            Err(error) => {
-                // Nothing has moved: all is as it was.
-                self.current = Some(old);
-                build::remove(&generation, &object)?;
-                Err(error)
-            }
-        }
-    }
-
-    /// Takes a larger generation into use; `self.current` is none if no hook has moved when it fails.
-    fn adopt_grown(
-        &mut self,
-        object: &Object,
-        old: &Current,
-        generation: Generation,
-        fds: Fds,
-    ) -> Result<(), Error> {
-        let shares_stats = old.tables.stats.len() == stats_len(&fds)?;
-        let old_stats = match &old.old_stats {
-            Some(stats) => Some(
-                stats
-                    .try_clone()
-                    .map_err(|error| refused("duplicate", "map STATS", error))?,
-            ),
-            None if shares_stats => None,
-            None => Some(handle(&old.fds, "STATS")?),
-        };
-        let mut current = Current::new(generation, fds, false, old_stats)?;
-        if !old.in_use {
-            self.current = Some(current);
-            return Ok(());
-        }
-        let ready = hooks::load(object, &current.generation, &current.fds)?;
-        self.stamp(&current, true);
-        current.in_use = true;
-        let current = self.current.insert(current);
-        self.left_out = hooks::attach(&self.dir, &current.generation, &self.cgroup, ready)?;
-        current.add_old_stats()
-    }
-
-    /// Writes META, if it says something else.
-    fn stamp(&self, current: &Current, complete: bool) {
-        let meta = current.tables.meta();
-        let mut wanted = meta;
-        wanted.abi_version = ABI_VERSION;
-        wanted.netns_cookie = probe::own_netns_cookie();
-        wanted.lease_ns = self.lease.map_or(0, |lease| lease.as_nanos() as u64);
-        wanted.generation = current.generation.number;
-        wanted.node = [0; 64];
-        for (to, from) in wanted.node.iter_mut().zip(self.node_name.bytes()) {
-            *to = from;
-        }
-        if complete {
-            wanted.flags |= meta_flags::COMPLETE;
-        }
-        if wanted != meta {
-            current.tables.meta.write(0, &wanted);
-        }
     }
 
     /// Vouches for the maps: only after a complete sync, at least every second while a lease is armed.
@@ -334,19 +152,17 @@ impl KernelStore {
             .map(|cgroup| (*cgroup, 1))
             .collect();
         let removed: Vec<_> = present.difference(&self.opt_out).copied().collect();
-        let mut meta = current.tables.meta();
-        meta.flags &= !meta_flags::OPT_OUT;
-        if !self.opt_out.is_empty() {
-            meta.flags |= meta_flags::OPT_OUT;
-        }
         map.upsert(&added)?;
-        if meta.flags != current.tables.meta().flags {
-            current.tables.meta.write(0, &meta);
-        }
+        current.change_meta(|meta| {
+            meta.flags &= !meta_flags::OPT_OUT;
+            if !self.opt_out.is_empty() {
+                meta.flags |= meta_flags::OPT_OUT;
+            }
+        });
         map.delete(&removed)
     }
 
-    /// Programs that this kernel cannot run; known after the first publish.
+    /// Programs that this kernel cannot run.
     pub fn left_out(&self) -> &[LeftOut] {
         &self.left_out
     }
@@ -374,24 +190,6 @@ impl KernelStore {
             .expect("capacity() is zero before the first reserve(): no index is valid")
             .tables
     }
-
-    fn remove_other_generations(&self, object: &Object) -> Result<(), Error> {
-        let Some(current) = &self.current else {
-            return Ok(());
-        };
-        for generation in self.dir.generations()? {
-            if generation != current.generation {
-                build::remove(&generation, object)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-fn stats_len(fds: &Fds) -> Result<u32, Error> {
-    let info = super::sys::map_info(handle(fds, "STATS")?);
-    info.map(|info| info.max_entries)
-        .map_err(|error| refused("read", "map STATS", error))
 }
 
 /// Removes every hook, pin and directory of an agent that is not running; does nothing where there is none.
@@ -419,8 +217,7 @@ pub fn cleanup(bpf_dir: &Path) -> Result<(), Error> {
 ///
 /// # Errors
 /// The kernel refuses a program that the socket layer needs.
-pub fn try_load(constants: Constants) -> Result<Vec<LeftOut>, Error> {
-    let object = Object::embedded(constants)?;
+pub fn try_load(object: &Object) -> Result<Vec<LeftOut>, Error> {
     let mut maps = Fds::new();
     for (name, spec) in object.maps() {
         let map = match object.constants(name) {

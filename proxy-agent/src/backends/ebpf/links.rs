@@ -281,6 +281,51 @@ fn is_same_program(
     Ok(pinned.id == attached && pinned.tag == wanted.tag && pinned_maps == wanted_maps)
 }
 
+/// Whether `hook` is attached where it should be and runs the program that is pinned in `generation`, on `maps`.
+///
+/// # Errors
+/// The kernel could not be read.
+pub fn is_in_place(
+    links: &Path,
+    generation: &Generation,
+    hook: Hook,
+    cgroup: &Cgroup,
+    maps: &Fds,
+) -> Result<bool, Error> {
+    let failed = |error| refused("read", format_args!("hook {}", hook.name()), error);
+    let Some((link, info)) = pinned_link(links, hook)? else {
+        return Ok(false);
+    };
+    let Some(program) = generation.open(hook.name(), sys::Kind::Program) else {
+        return Ok(false);
+    };
+    let (program, used) = sys::prog_info(&program).map_err(failed)?;
+    if info.prog_id != program.id
+        || !serves(&link, hook, cgroup, maps.get("SOCKETS")).map_err(failed)?
+    {
+        return Ok(false);
+    }
+    let mut own = Vec::new();
+    for map in maps.values() {
+        own.push(sys::map_info(map).map_err(failed)?.id);
+    }
+    for name in generation
+        .pins()?
+        .iter()
+        .filter(|name| name.starts_with("rodata"))
+    {
+        let constants = generation.open(name, sys::Kind::Map);
+        own.extend(
+            constants
+                .map(sys::map_info)
+                .transpose()
+                .map_err(failed)?
+                .map(|info| info.id),
+        );
+    }
+    Ok(used.iter().all(|id| own.contains(id)))
+}
+
 /// Whether every pinned link runs the program that is pinned in `generation`.
 ///
 /// # Errors
@@ -322,9 +367,13 @@ pub fn pinned_link(links: &Path, hook: Hook) -> Result<Option<(OwnedFd, bpf_link
 pub fn detach_all(links: &Path) -> Result<(), Error> {
     for hook in Hook::ALL.into_iter().rev() {
         let path = links.join(hook.name());
-        if existing_link(&path)?.is_some() {
-            fs::remove_file(&path).map_err(|error| refused("remove", path.display(), error))?;
+        let Some(link) = existing_link(&path)? else {
+            continue;
+        };
+        if let Place::Cgroup(_) = hook.place() {
+            sys::link_detach(&link).map_err(|error| refused("detach", path.display(), error))?;
         }
+        fs::remove_file(&path).map_err(|error| refused("remove", path.display(), error))?;
     }
     match fs::remove_dir(links) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

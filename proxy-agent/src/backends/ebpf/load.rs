@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    hash::{DefaultHasher, Hash, Hasher},
     os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
@@ -60,6 +61,7 @@ pub struct Object {
     specs: BTreeMap<String, MapSpec>,
     kernel: KernelBtf,
     btf: Option<OwnedFd>,
+    digest: u64,
 }
 
 impl Object {
@@ -102,11 +104,13 @@ impl Object {
             .iter()
             .map(|(name, map)| (name.clone(), spec(name, map)))
             .collect();
+        let digest = digest(object, &parsed);
         Ok(Self {
             parsed,
             specs,
             kernel,
             btf,
+            digest,
         })
     }
 
@@ -159,11 +163,24 @@ impl Object {
         Ok(map)
     }
 
+    /// Digest of the programs and of their constants.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
     /// Relocates the programs onto `maps` and loads them.
     ///
     /// # Errors
     /// The kernel refuses one that the socket layer needs.
     pub fn load(&self, maps: &Fds) -> Result<Loaded, Error> {
+        self.load_some(maps, &Hook::ALL)
+    }
+
+    /// [`Object::load`], for the programs of `hooks` only.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_some(&self, maps: &Fds, hooks: &[Hook]) -> Result<Loaded, Error> {
         let mut object = self.parsed.clone();
         let broken = |error: aya_obj::relocation::EbpfRelocationError| {
             Error::Unusable(format!(
@@ -186,7 +203,7 @@ impl Object {
             programs: BTreeMap::new(),
             left_out: Vec::new(),
         };
-        for hook in Hook::ALL {
+        for &hook in hooks {
             let Some(program) = object.programs.get(hook.name()) else {
                 loaded.left_out.push(left_out(
                     hook,
@@ -272,6 +289,19 @@ impl Object {
             })
         })
     }
+}
+
+/// Not zero, which stands for "unknown". Another compiler may hash differently: the programs are loaded once more then.
+fn digest(object: &[u8], parsed: &aya_obj::Object) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    object.hash(&mut hasher);
+    let constants: BTreeMap<_, _> = parsed
+        .maps
+        .iter()
+        .map(|(name, map)| (name, map.data()))
+        .collect();
+    constants.hash(&mut hasher);
+    hasher.finish() | 1
 }
 
 enum Refusal {

@@ -8,7 +8,13 @@ use std::{
 
 use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
 
-use super::{dir, kernel, kfuncs::KernelBtf, links::Cgroup, load::Constants, sys};
+use super::{
+    dir, kernel,
+    kfuncs::KernelBtf,
+    links::Cgroup,
+    load::{Constants, Object},
+    sys,
+};
 use crate::backends::Error;
 
 /// Something that the socket layer needs or can use.
@@ -132,7 +138,8 @@ fn try_programs(report: &mut Report) {
         can_refuse,
         log: false,
     };
-    match kernel::try_load(constants) {
+    let tried = Object::embedded(constants).and_then(|object| kernel::try_load(&object));
+    match tried {
         Ok(left_out) => {
             for program in left_out {
                 let text = format!("{}: {}", program.program, program.reason);

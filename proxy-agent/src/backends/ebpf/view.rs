@@ -76,7 +76,7 @@ impl PinnedMaps {
     /// There is none, or it cannot be read.
     pub fn open(bpf_dir: &Path) -> Result<Self, Error> {
         let dir = Directory::look(bpf_dir)?;
-        let (_, fds) = kernel::current(&dir)?;
+        let (_, fds) = kernel::newest_complete(&dir)?;
         Ok(Self {
             links: bpf_dir.join("links"),
             tables: Tables::new(&fds, false)?,

@@ -40,7 +40,7 @@ impl Store for KernelStore {
         }
         let object = Object::embedded(self.constants)?;
         if let Some(current) = &self.current {
-            self.stamp(current, true);
+            self.complete(current);
         }
         self.move_hooks(&object)?;
         self.remove_other_generations(&object)?;

@@ -18,11 +18,16 @@ pub struct Ready {
     new_constants: Vec<String>,
 }
 
-/// Loads the programs onto `fds`.
+/// Loads the programs of `hooks` onto `fds`.
 ///
 /// # Errors
 /// The kernel refuses one; nothing has changed.
-pub fn load(object: &Object, generation: &Generation, fds: &Fds) -> Result<Ready, Error> {
+pub fn load(
+    object: &Object,
+    generation: &Generation,
+    fds: &Fds,
+    hooks: &[Hook],
+) -> Result<Ready, Error> {
     let mut maps = Fds::new();
     let mut new_constants = Vec::new();
     for name in object.maps().keys() {
@@ -39,10 +44,35 @@ pub fn load(object: &Object, generation: &Generation, fds: &Fds) -> Result<Ready
         maps.insert(name.clone(), map);
     }
     Ok(Ready {
-        loaded: object.load(&maps)?,
+        loaded: object.load_some(&maps, hooks)?,
         maps,
         new_constants,
     })
+}
+
+/// What could not be loaded.
+pub fn left_out(ready: Ready) -> Vec<LeftOut> {
+    ready.loaded.left_out
+}
+
+/// Hooks that do not run a program pinned in `generation` on its maps.
+///
+/// # Errors
+/// The kernel could not be read.
+pub fn missing(
+    dir: &Directory,
+    generation: &Generation,
+    cgroup: &Cgroup,
+    fds: &Fds,
+) -> Result<Vec<Hook>, Error> {
+    let links = dir.links()?;
+    let mut missing = Vec::new();
+    for hook in Hook::ALL {
+        if !links::is_in_place(&links, generation, hook, cgroup, fds)? {
+            missing.push(hook);
+        }
+    }
+    Ok(missing)
 }
 
 /// The pinned constants, if they are the same: the programs on them are then the same too.

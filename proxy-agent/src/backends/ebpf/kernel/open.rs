@@ -181,7 +181,7 @@ fn swap(dir: &Directory, object: &Object, pinned: Pinned, number: u64) -> Result
 ///
 /// # Errors
 /// The directory cannot be read, or holds none.
-pub fn current(dir: &Directory) -> Result<(Generation, Fds), Error> {
+pub fn newest_complete(dir: &Directory) -> Result<(Generation, Fds), Error> {
     let complete = |generation: &Generation| {
         let meta = generation.open("META", sys::Kind::Map)?;
         let meta: Meta = Array::new(meta, false).ok()?.read(0);

@@ -4,8 +4,8 @@ use std::{fs, time::Duration};
 
 use proxy_ebpf::{
     abi::{
-        Addr, Be16, FrontendKey, FrontendValue, Member, MemberWord, Policy, Service, SetWord, Slot,
-        TCP, kind,
+        ABI_VERSION, Addr, Be16, FrontendKey, FrontendValue, Member, MemberWord, Policy, Service,
+        SetWord, Slot, TCP, kind,
     },
     lb::Scope,
 };
@@ -13,10 +13,13 @@ use proxy_ebpf::{
 use super::{
     super::{
         links::{Hook, Place},
+        maps::Array,
+        store::Capacity,
         store::Store,
         sys::MapSpec,
         view::PinnedMaps,
     },
+    build::{Recipe, Share},
     *,
 };
 
@@ -43,13 +46,17 @@ impl Node {
     }
 
     fn open(&self) -> Result<KernelStore, Error> {
-        KernelStore::open(OpenOptions {
+        KernelStore::open(self.options())
+    }
+
+    fn options(&self) -> OpenOptions {
+        OpenOptions {
             bpf_dir: self.bpf_dir.clone(),
             cgroup: Some(self.cgroup.clone()),
             node_name: "n1".to_owned(),
             lease: None,
             log: false,
-        })
+        }
     }
 
     fn view(&self) -> PinnedMaps {
@@ -353,7 +360,7 @@ fn a_swap_that_was_cut_short_is_completed_at_the_next_start() {
     };
     let (generation, fds) = build::build(&store.dir, &object, 2, &recipe).unwrap();
     let current = Current::new(generation, fds, false, None).unwrap();
-    store.stamp(&current, true);
+    store.complete(&current);
     let links = node.links();
     drop(store);
 
@@ -453,4 +460,137 @@ fn this_node_can_run_the_programs() {
     let report = probe::probe(&node.bpf_dir, Some(&node.cgroup));
     assert_eq!(report.missing, []);
     assert!(report.is_usable() && !report.kernel.is_empty());
+}
+
+/// Re-pins what `node` has as an agent of another ABI would have made it: values longer or shorter by two words.
+fn change_abi(node: &Node) {
+    let other = 3 - ABI_VERSION;
+    let dir = Directory::look(&node.bpf_dir).unwrap();
+    let (generation, fds) = newest_complete(&dir).unwrap();
+    let aged = dir.create_generation(other, generation.number + 1).unwrap();
+    for (name, fd) in &fds {
+        let grows = ["SERVICES", "SLOTS", "MEMBERS"].contains(&name.as_str());
+        if !grows && name != "META" {
+            aged.pin(name, fd).unwrap();
+            continue;
+        }
+        let info = super::super::sys::map_info(fd).unwrap();
+        let value_size = match other {
+            _ if !grows => info.value_size,
+            2 => info.value_size + 16,
+            _ => info.value_size - 16,
+        };
+        let spec = MapSpec {
+            name: name.clone(),
+            map_type: info.type_,
+            key_size: info.key_size,
+            value_size,
+            max_entries: info.max_entries,
+            flags: info.map_flags,
+            btf_types: (0, 0),
+        };
+        let map = super::super::sys::map_create(&spec, None, None).unwrap();
+        let from = Array::new(fd.try_clone().unwrap(), false).unwrap();
+        let to = Array::new(map.try_clone().unwrap(), true).unwrap();
+        to.copy_from(&from);
+        if name == "META" {
+            let meta = Meta {
+                abi_version: other,
+                generation: aged.number,
+                ..to.read(0)
+            };
+            to.write(0, &meta);
+        }
+        aged.pin(name, &map).unwrap();
+    }
+    fs::remove_dir_all(&generation.path).unwrap();
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn maps_of_another_abi_are_carried_over_with_their_ids() {
+    let node = Node::new();
+    let store = node.published();
+    store.tables().stats.add(2, 0, 5);
+    drop(store);
+    change_abi(&node);
+    let before = node.view().maps().unwrap();
+    assert_eq!(
+        node.view().service(2).unwrap().cluster,
+        SetWord::new(7, 1, 5),
+        "readable by any ABI"
+    );
+    let links = node.links();
+
+    let mut store = node.open().unwrap();
+    assert_filled(&store);
+    assert_eq!(store.generation(), 3);
+    assert_eq!(
+        node.links(),
+        links,
+        "the hooks do not move before the first sync"
+    );
+    store.publish().unwrap();
+    assert_filled(&store);
+    assert_eq!(store.stats(2).connections, 5);
+    assert!(
+        node.links()
+            .iter()
+            .zip(&links)
+            .all(|(new, old)| new.0 == old.0 && new.1 != old.1)
+    );
+    for (old, new) in before.iter().zip(
+        node.view()
+            .maps()
+            .unwrap()
+            .iter()
+            .filter(|map| !map.name.starts_with("rodata")),
+    ) {
+        let carried = [
+            "AFFINITY", "SOCKETS", "PEERS", "OPTOUT", "REASONS", "AYA_LOGS",
+        ]
+        .contains(&new.name.as_str());
+        assert_eq!(
+            (old.name.as_str(), old.id == new.id),
+            (new.name.as_str(), carried)
+        );
+    }
+    assert_eq!(store.dir.generations().unwrap().len(), 1);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn a_hook_that_somebody_unpinned_is_attached_again() {
+    let node = Node::new();
+    drop(node.published());
+    fs::remove_file(node.bpf_dir.join("links/connect4")).unwrap();
+    let before = node.links();
+    let mut store = node.open().unwrap();
+    store.publish().unwrap();
+    assert_eq!(
+        (before.len(), node.links().len()),
+        (Hook::ALL.len() - 1, Hook::ALL.len())
+    );
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn other_constants_move_the_hooks_that_use_them_and_keep_the_maps() {
+    let node = Node::new();
+    drop(node.published());
+    let before = node.links();
+    let mut store = KernelStore::open(OpenOptions {
+        log: true,
+        ..node.options()
+    })
+    .unwrap();
+    store.publish().unwrap();
+    assert_eq!(store.generation(), 1);
+    let moved = |hook: Hook| {
+        let place = Hook::ALL.iter().position(|other| *other == hook).unwrap();
+        let (new, old) = (node.links()[place], before[place]);
+        assert_eq!(new.0, old.0);
+        new.1 != old.1
+    };
+    assert!(moved(Hook::Connect4) && !moved(Hook::GetPeerName4));
 }

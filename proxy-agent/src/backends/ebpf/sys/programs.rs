@@ -125,6 +125,16 @@ pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
 }
 
+/// BPF_LINK_DETACH: the program no longer runs when this returns. Dropping the last handle detaches too, but later.
+///
+/// # Errors
+/// As the kernel says; EOPNOTSUPP for iterators.
+pub fn link_detach(link: impl AsFd) -> io::Result<()> {
+    let mut attr: bpf_attr = zeroed();
+    attr.link_detach.link_fd = raw(&link);
+    bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
+}
+
 /// A link of an iterator program, over the elements of `map` if the program is made for a map's.
 ///
 /// # Errors
