@@ -42,12 +42,11 @@ pub mod place;
 pub mod reaper;
 pub mod self_test;
 mod servers;
-mod socket;
+pub mod socket;
 
 use exclude::Exclusions;
 use place::{cgroup, node_name};
-use reaper::Reaper;
-use socket::{SocketLayer, Tending};
+use socket::SocketLayer;
 
 /// Updates on their way from the sources: the file source coalesces, so a few are plenty.
 const UPDATES: usize = 64;
@@ -127,15 +126,13 @@ async fn serve(global: &Global, args: &Run, manifests: &Path) -> Result<(), Erro
     node::start(updates)?;
     let store = open(global, args, &cgroup, &here)?;
     let metrics = Arc::new(Metrics::default());
-    let mode = servers::mode(args.mode, &store, &metrics);
-    let tending = Tending {
-        exclusions: Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup),
-        reaper: Reaper::start(global.bpf_dir.join("links")).map_err(start("a thread"))?,
-    };
-    let layer = SocketLayer::start(store, here, tending, &metrics).map_err(start("a thread"))?;
+    let exclusions = Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup);
+    let links = global.bpf_dir.join("links");
+    let layer = SocketLayer::start(store, here, links, exclusions, &metrics);
+    let layer = layer.map_err(start("the socket layer"))?;
     let (tested, self_test) = watch::channel(SelfTest::default());
     let health = servers::health(args, layer.status(), self_test);
-    let metering = servers::metrics(global, args, &cgroup, mode, &metrics);
+    let metering = servers::metrics(global, args, &cgroup, &metrics);
 
     let result = tokio::select! {
         () = follow(received, &layer) => Err(Error::Ended("sources")),

@@ -35,15 +35,6 @@ const AUDIT_EVERY: Duration = Duration::from_secs(60);
 /// A backend is tended at least this often.
 const TEND_EVERY: Duration = Duration::from_secs(1);
 
-/// When a backend is tended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
-    /// A turn has ended.
-    Turn,
-    /// A second has passed.
-    Second,
-}
-
 /// What compiling a scope gives.
 #[derive(Clone, Debug, Default)]
 pub struct Compiled {
@@ -118,20 +109,22 @@ impl<B: Backend> Layer<B> {
         self.status.subscribe()
     }
 
-    /// Works until the inbox says stop. `compile` is given what changed; `tend` the backend, after each turn and at least
-    /// once a second.
+    /// Works until the inbox says stop. `compile` is given what changed; `tend` the backend: first of all, after each turn,
+    /// when the inbox is nudged, and each second.
     pub fn run(
         mut self,
         inbox: &Inbox,
         mut compile: impl FnMut(&Scope) -> Compiled,
-        mut tend: impl FnMut(&mut B, &SyncStatus, Moment),
+        mut tend: impl FnMut(&mut B, &SyncStatus),
     ) {
         let mut due = Due {
             not_before: None,
             until: self.audit_at,
         };
-        let mut tend_at = Instant::now();
         loop {
+            let status = self.status.borrow().clone();
+            tend(&mut self.backend, &status);
+            let tend_at = Instant::now() + TEND_EVERY;
             let turn = inbox.wait(due.not_before, due.until.min(tend_at));
             if turn.stop {
                 return;
@@ -142,16 +135,11 @@ impl<B: Backend> Layer<B> {
                 let taken = self.changes + turn.changes;
                 due = self.turn(start, turn, &mut compile);
                 inbox.done(taken - self.changes);
-                tend(&mut self.backend, &self.status.borrow(), Moment::Turn);
             }
             if had_work {
                 let elapsed = start.elapsed();
                 self.metrics.sync_duration.observe(elapsed.as_secs_f64());
                 tracing::debug!(layer = self.name, ?elapsed, "synced");
-            }
-            if start >= tend_at {
-                tend_at = start + TEND_EVERY;
-                tend(&mut self.backend, &self.status.borrow(), Moment::Second);
             }
         }
     }
@@ -168,6 +156,7 @@ impl<B: Backend> Layer<B> {
             changes,
             synced,
             complete,
+            nudged: _,
             stop: _,
         } = turn;
         self.changes += changes;

@@ -1,11 +1,20 @@
-//! Which cgroups are excluded: `--socket-exclude-cgroup GLOB`.
+//! Which cgroups are excluded: `--socket-exclude-cgroup GLOB`, followed live.
 
 use std::{
     collections::BTreeSet,
-    fs,
-    os::unix::fs::MetadataExt as _,
+    fs, io,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
+    thread,
 };
+
+use inotify::{Inotify, WatchMask};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Milliseconds after which cgroups are looked through even without an event.
+const RESCAN_MS: u16 = 1000;
+/// Room for the events of one reading; what they say does not matter, only that there are some.
+const BUFFER_BYTES: usize = 4096;
 
 /// Patterns on paths below the node's cgroup: `*` is anything within one name, `**` anything at all, `?` one character.
 #[derive(Clone, Debug)]
@@ -24,21 +33,67 @@ impl Exclusions {
         Self { root, globs }
     }
 
-    /// Whether there is no pattern.
-    pub fn is_empty(&self) -> bool {
-        self.globs.is_empty()
-    }
-
     /// Ids of the cgroups that match; those below them are excluded with them. A cgroup that goes away meanwhile is none.
     pub fn cgroups(&self) -> BTreeSet<u64> {
+        self.search_all(&mut |_| {})
+    }
+
+    /// Calls `excluded` with the matching cgroups whenever they change, on a thread of its own. Without patterns there is
+    /// nothing to follow.
+    ///
+    /// # Errors
+    /// No thread or no inotify instance to be had.
+    pub fn follow(self, excluded: impl Fn(BTreeSet<u64>) + Send + 'static) -> io::Result<()> {
+        if self.globs.is_empty() {
+            return Ok(());
+        }
+        let inotify = Inotify::init()?;
+        let work = move || self.run(inotify, &excluded);
+        thread::Builder::new()
+            .name("exclusions".to_owned())
+            .spawn(work)
+            .map(drop)
+    }
+
+    fn run(&self, mut inotify: Inotify, excluded: &dyn Fn(BTreeSet<u64>)) {
+        let mask = WatchMask::CREATE | WatchMask::DELETE | WatchMask::ONLYDIR;
+        let mut last = None;
+        let mut buffer = [0; BUFFER_BYTES];
+        loop {
+            // Watched before it is listed, so that nothing new goes unseen. A watch that cannot be had costs a second.
+            let found = self.search_all(&mut |dir| {
+                let _ = inotify.watches().add(dir, mask);
+            });
+            if last.as_ref() != Some(&found) {
+                excluded(found.clone());
+                last = Some(found);
+            }
+            let mut fds = [PollFd::new(inotify.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::from(RESCAN_MS)).is_ok_and(|ready| ready > 0) {
+                while inotify
+                    .read_events(&mut buffer)
+                    .is_ok_and(|mut events| events.next().is_some())
+                {}
+            }
+        }
+    }
+
+    fn search_all(&self, enter: &mut dyn FnMut(&Path)) -> BTreeSet<u64> {
         let mut found = BTreeSet::new();
-        if !self.is_empty() {
-            self.search(&self.root, "", &mut found);
+        if !self.globs.is_empty() {
+            self.search(&self.root, "", enter, &mut found);
         }
         found
     }
 
-    fn search(&self, dir: &Path, relative: &str, found: &mut BTreeSet<u64>) {
+    fn search(
+        &self,
+        dir: &Path,
+        relative: &str,
+        enter: &mut dyn FnMut(&Path),
+        found: &mut BTreeSet<u64>,
+    ) {
+        enter(dir);
         let Ok(entries) = fs::read_dir(dir) else {
             return;
         };
@@ -64,7 +119,7 @@ impl Exclusions {
                 // A cgroup's id is its inode number (v5.5, 67c0496e87d1).
                 found.insert(metadata.ino());
             } else {
-                self.search(&entry.path(), &path, found);
+                self.search(&entry.path(), &path, enter, found);
             }
         }
     }
@@ -127,10 +182,23 @@ mod tests {
             exclusions.cgroups(),
             [inode("a/mesh"), inode("b/mesh")].into()
         );
-        assert!(
-            Exclusions::new(root.path().to_owned(), &[])
-                .cgroups()
-                .is_empty()
-        );
+        let none = Exclusions::new(root.path().to_owned(), &[]);
+        assert!(none.cgroups().is_empty());
+    }
+
+    #[test]
+    fn a_new_cgroup_is_excluded_as_soon_as_it_is_there() {
+        let root = tempfile::tempdir().unwrap();
+        let (told, tells) = std::sync::mpsc::channel();
+        let exclusions = Exclusions::new(root.path().to_owned(), &["pods/*/mesh".to_owned()]);
+        exclusions.follow(move |set| drop(told.send(set))).unwrap();
+        let deadline = std::time::Duration::from_secs(10);
+        assert_eq!(tells.recv_timeout(deadline).unwrap(), BTreeSet::new());
+        let late = root.path().join("pods/one/mesh");
+        fs::create_dir_all(&late).unwrap();
+        let inode = fs::metadata(&late).unwrap().ino();
+        assert_eq!(tells.recv_timeout(deadline).unwrap(), [inode].into());
+        fs::remove_dir(&late).unwrap();
+        assert_eq!(tells.recv_timeout(deadline).unwrap(), BTreeSet::new());
     }
 }

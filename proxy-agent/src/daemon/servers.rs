@@ -10,8 +10,8 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::{
-    backends::ebpf::{kernel::KernelStore, view::PinnedMaps},
-    cli::{Global, Mode, Run},
+    backends::ebpf::{load::LeftOut, view::PinnedMaps},
+    cli::{Global, Run},
     health::{self, Health, Metering, SelfTest},
     metrics::{Kernel, Metrics, ModeLabels},
     sync::SyncStatus,
@@ -37,42 +37,39 @@ pub fn metrics(
     global: &Global,
     args: &Run,
     cgroup: &Path,
-    mode: &'static str,
     metrics: &Arc<Metrics>,
 ) -> impl Future<Output = ()> + use<> {
     let router = health::metrics_router(Metering {
         metrics: Arc::clone(metrics),
         kernel: kernel_counters(global.bpf_dir.clone()),
-        mode,
+        mode: MODE,
         config: Arc::new(config(global, args, cgroup)),
     });
     health::serve("metrics", args.metrics_bind_address, router)
 }
 
-/// Says which layers serve this node, and why.
-pub fn mode(asked: Mode, store: &KernelStore, metrics: &Metrics) -> &'static str {
-    let mut reason = match asked {
-        Mode::Auto | Mode::Iptables => "chosen: this kernel has what the socket layer needs",
-        Mode::Ebpf => "asked for",
-    }
-    .to_owned();
-    for left_out in store.left_out() {
-        tracing::warn!(
-            program = left_out.program,
-            reason = left_out.reason,
-            "left out"
-        );
+/// Answer of `/proxyMode`: a word that kube-proxy's own tests do not take for one of its modes.
+const MODE: &str = "ebpf";
+
+/// Says which layers serve this node, and what this kernel cannot do.
+pub fn tell_mode(left_out: &[LeftOut], metrics: &Metrics) {
+    let mut reason = "this kernel has what the socket layer needs".to_owned();
+    for LeftOut {
+        program,
+        reason: why,
+    } in left_out
+    {
+        tracing::warn!(program, reason = why, "left out");
         reason.push_str("; without ");
-        reason.push_str(&left_out.program);
+        reason.push_str(program);
     }
-    tracing::info!(socket = "ebpf", packet = "off", reason, "mode");
+    tracing::info!(socket = MODE, packet = "off", reason, "mode");
     let labels = ModeLabels {
-        socket: "ebpf",
+        socket: MODE,
         packet: "off",
         reason,
     };
     metrics.mode_info.get_or_create(&labels).set(1);
-    "ebpf"
 }
 
 /// Reads the counters of the kernel at each scrape. A swap may have moved them: the directory is opened each time.

@@ -1,7 +1,9 @@
 //! The thread on which the socket layer lives, and what it does there beside syncing.
 
 use std::{
+    collections::BTreeSet,
     io,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::Instant,
@@ -9,23 +11,14 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{exclude::Exclusions, reaper::Reaper, self_test};
+use super::{exclude::Exclusions, reaper::Reaper, self_test, servers};
 use crate::{
     backends::ebpf::{EbpfBackend, kernel::KernelStore},
     compile::Compiler,
     metrics::Metrics,
     model::{Dirty, Model, NodeName, Update},
-    sync::{Compiled, Inbox, Layer, Moment, Scope, SyncStatus},
+    sync::{Compiled, Inbox, Layer, Scope, SyncStatus},
 };
-
-/// What the kernel needs beside the entries of its maps.
-#[derive(Debug)]
-pub struct Tending {
-    /// Cgroups to leave alone.
-    pub exclusions: Exclusions,
-    /// Ends UDP sockets of dead backends.
-    pub reaper: Reaper,
-}
 
 /// The socket layer at work.
 #[derive(Debug)]
@@ -37,14 +30,15 @@ pub struct SocketLayer {
 }
 
 impl SocketLayer {
-    /// Starts the thread.
+    /// Starts the thread. `links` is the directory of the pinned hooks.
     ///
     /// # Errors
-    /// There is none to be had.
+    /// No thread or no inotify instance to be had.
     pub fn start(
         store: KernelStore,
         here: NodeName,
-        tending: Tending,
+        links: PathBuf,
+        exclusions: Exclusions,
         metrics: &Arc<Metrics>,
     ) -> io::Result<Self> {
         let model = Arc::new(Mutex::new(Model::new(here)));
@@ -52,14 +46,27 @@ impl SocketLayer {
         let backend = EbpfBackend::new(store);
         let layer = Layer::new("socket", backend, Arc::clone(metrics), Instant::now());
         let status = layer.status();
+        // Those that exist are excluded before the first hook is attached.
+        let excluded = Arc::new(Mutex::new(Some(exclusions.cgroups())));
+        let mut tending = Tending {
+            reaper: Reaper::start(links)?,
+            excluded: Arc::clone(&excluded),
+            has_told: false,
+            metrics: Arc::clone(metrics),
+        };
         let work = {
             let (model, inbox, metrics) =
                 (Arc::clone(&model), Arc::clone(&inbox), Arc::clone(metrics));
-            move || work(layer, &tending, &model, &inbox, &metrics)
+            move || work(layer, &mut tending, &model, &inbox, &metrics)
         };
         let thread = thread::Builder::new()
             .name("socket-layer".to_owned())
             .spawn(work)?;
+        let nudged = Arc::clone(&inbox);
+        exclusions.follow(move |cgroups| {
+            *lock(&excluded) = Some(cgroups);
+            nudged.nudge();
+        })?;
         Ok(Self {
             model,
             inbox,
@@ -93,7 +100,7 @@ impl SocketLayer {
 
 fn work(
     layer: Layer<EbpfBackend<KernelStore>>,
-    tending: &Tending,
+    tending: &mut Tending,
     model: &Mutex<Model>,
     inbox: &Inbox,
     metrics: &Metrics,
@@ -107,14 +114,14 @@ fn work(
             .set(i64::try_from(count).unwrap_or(i64::MAX));
         compiled
     };
-    layer.run(inbox, compile, |backend, status, moment| {
-        tend(backend, status, moment, tending)
+    layer.run(inbox, compile, |backend, status| {
+        tending.tend(backend, status)
     });
 }
 
-/// Updates are applied whole or not at all, even by a thread that panics while it reads.
-fn lock(model: &Mutex<Model>) -> MutexGuard<'_, Model> {
-    model.lock().unwrap_or_else(PoisonError::into_inner)
+/// Both values behind a lock here are changed whole or not at all, even by a thread that panics.
+fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
+    value.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Compiles what changed and logs each problem once, when it comes up.
@@ -140,28 +147,38 @@ fn compile(compiler: &mut Compiler, model: &Model, scope: &Scope) -> Compiled {
     Compiled { scope, state }
 }
 
-fn tend(
-    backend: &mut EbpfBackend<KernelStore>,
-    status: &SyncStatus,
-    moment: Moment,
-    tending: &Tending,
-) {
-    let Tending { exclusions, reaper } = tending;
-    match moment {
-        Moment::Turn => {
-            if backend.take_udp_retired() {
-                reaper.ask();
-            }
+/// What the kernel needs beside the entries of its maps.
+struct Tending {
+    reaper: Reaper,
+    /// Cgroups to leave alone, when they have changed.
+    excluded: Arc<Mutex<Option<BTreeSet<u64>>>>,
+    /// The mode has been told.
+    has_told: bool,
+    metrics: Arc<Metrics>,
+}
+
+impl Tending {
+    fn tend(&mut self, backend: &mut EbpfBackend<KernelStore>, status: &SyncStatus) {
+        if backend.take_udp_retired() {
+            self.reaper.ask();
         }
-        Moment::Second => {
+        let excluded = lock(&self.excluded).take();
+        if let Some(cgroups) = excluded
+            && let Err(error) = backend.store_mut().set_opt_out(&cgroups)
+        {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot exclude cgroups; trying again"
+            );
+            // Newer ones count.
+            lock(&self.excluded).get_or_insert(cgroups);
+        }
+        if status.is_synced {
             // The heartbeat vouches for a complete state, so it waits for the first one (docs/ARCHITECTURE.md).
-            if status.is_synced {
-                backend.store().heartbeat();
-            }
-            if !exclusions.is_empty()
-                && let Err(error) = backend.store_mut().set_opt_out(&exclusions.cgroups())
-            {
-                tracing::warn!(error = format!("{error:#}"), "cannot exclude cgroups");
+            backend.store().heartbeat();
+            if !self.has_told {
+                self.has_told = true;
+                servers::tell_mode(backend.store().left_out(), &self.metrics);
             }
         }
     }

@@ -54,6 +54,8 @@ pub struct Turn {
     pub synced: bool,
     /// Nothing that the sources should hold is missing: deletions are allowed.
     pub complete: bool,
+    /// The backend wants tending.
+    pub nudged: bool,
     /// The agent stops.
     pub stop: bool,
 }
@@ -102,6 +104,12 @@ impl Inbox {
         }
     }
 
+    /// Has the backend tended soon.
+    pub fn nudge(&self) {
+        self.lock().nudged = true;
+        self.wake.notify_one();
+    }
+
     /// Ends the layer's loop after the turn it is in.
     pub fn stop(&self) {
         self.lock().stop = true;
@@ -120,8 +128,12 @@ impl Inbox {
                 let rest = turn.without_work();
                 return std::mem::replace(&mut *turn, rest);
             }
-            if turn.stop || now >= until {
-                return turn.without_work();
+            if turn.stop || turn.nudged || now >= until {
+                let rest = turn.without_work();
+                return Turn {
+                    nudged: std::mem::take(&mut turn.nudged),
+                    ..rest
+                };
             }
             let wake_at = held_back.unwrap_or(until).min(until);
             turn = self
@@ -150,6 +162,7 @@ impl Turn {
             changes: _,
             synced,
             complete,
+            nudged: _,
             stop,
         } = *self;
         Self {
@@ -157,6 +170,7 @@ impl Turn {
             changes: 0,
             synced,
             complete,
+            nudged: false,
             stop,
         }
     }

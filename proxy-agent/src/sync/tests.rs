@@ -188,6 +188,7 @@ fn turn(scope: Scope, complete: bool) -> Turn {
         changes: 1,
         synced: true,
         complete,
+        nudged: false,
         stop: false,
     }
 }
