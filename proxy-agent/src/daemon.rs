@@ -39,6 +39,7 @@ use crate::{
 pub mod exclude;
 pub mod namespaces;
 pub mod place;
+mod programs_log;
 pub mod reaper;
 pub mod self_test;
 mod servers;
@@ -125,6 +126,9 @@ async fn serve(global: &Global, args: &Run, manifests: &Path) -> Result<(), Erro
     let broken = file::start(manifests, here.clone(), updates.clone())?;
     node::start(updates)?;
     let store = open(global, args, &cgroup, &here)?;
+    if args.log_programs {
+        programs_log::start(global.bpf_dir.join("links")).map_err(start("a thread"))?;
+    }
     let metrics = Arc::new(Metrics::default());
     let exclusions = Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup);
     let links = global.bpf_dir.join("links");

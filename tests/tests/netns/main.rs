@@ -9,6 +9,7 @@ mod node_port;
 mod opt_out;
 mod outputs;
 mod policies;
+mod programs_log;
 mod restart;
 mod topology;
 mod udp;
