@@ -261,17 +261,12 @@ fn remembered<T: Tables>(
     Some((backend, value.slot))
 }
 
-/// Whether a choice made earlier still stands: the member still serves, draining included.
+/// Whether a choice of this member made earlier still stands: it still serves, draining included.
 #[inline(always)]
-pub fn still_serves<T: Tables>(tables: &T, service: u32, member: u32, generation: u32) -> bool {
-    match tables.member(member) {
-        Some(found) => {
-            found.service == service
-                && found.word.generation() == generation
-                && found.word.bits() & MemberWord::SERVING != 0
-        }
-        None => false,
-    }
+pub const fn still_serves(member: &Member, service: u32, generation: u32) -> bool {
+    member.service == service
+        && member.word.generation() == generation
+        && member.word.bits() & MemberWord::SERVING != 0
 }
 
 /// One backend of the set at random, and its slot.

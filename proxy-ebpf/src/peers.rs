@@ -47,7 +47,7 @@ impl Peer {
         self.is_for(request)
             && self.service == hit.service
             && (self.is_connected() || !self.is_idle(request.now_ns))
-            && still_serves(tables, self.service, self.member, self.generation)
+            && self.is_served(tables)
     }
 
     /// Whether this is a connected UDP socket's, whose backend no longer serves: nobody will answer, and no hook runs on
@@ -57,7 +57,21 @@ impl Peer {
         self.is_used()
             && self.is_connected()
             && self.protocol == UDP as u32
-            && !still_serves(tables, self.service, self.member, self.generation)
+            && !self.is_served(tables)
+    }
+
+    /// Whether the backend still serves. Its address too: a socket outlives maps that had to be built anew, where its
+    /// member may stand for another endpoint.
+    #[inline(always)]
+    fn is_served<T: Tables>(&self, tables: &T) -> bool {
+        match tables.member(self.member) {
+            Some(member) => {
+                still_serves(&member, self.service, self.generation)
+                    && member.addr == self.backend
+                    && member.port == self.backend_port
+            }
+            None => false,
+        }
     }
 
     /// Records a choice.

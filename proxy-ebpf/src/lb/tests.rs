@@ -500,7 +500,7 @@ fn every_translation_leads_into_the_prescribed_set() {
                     assert!(expected.contains(&backend.member), "{backend:?}");
                     let member = fake.members[&backend.member];
                     assert_eq!((backend.addr, backend.port), (member.addr, member.port));
-                    assert!(still_serves(&fake, 1, backend.member, backend.generation));
+                    assert!(still_serves(&member, 1, backend.generation));
                 }
                 verdict => {
                     assert!(expected.is_empty());
@@ -513,16 +513,14 @@ fn every_translation_leads_into_the_prescribed_set() {
 
 #[test]
 fn a_choice_stands_while_its_member_serves_or_drains() {
-    let mut fake = Fake::with_members(1, 1);
-    assert!(still_serves(&fake, 1, 0, 1));
-    let draining = MemberWord::SERVING | MemberWord::TERMINATING;
-    fake.members.get_mut(&0).unwrap().word = MemberWord::new(1, draining);
-    assert!(still_serves(&fake, 1, 0, 1));
-    assert!(!still_serves(&fake, 2, 0, 1));
-    assert!(!still_serves(&fake, 1, 0, 2));
-    assert!(!still_serves(&fake, 1, 9, 1));
-    fake.members.get_mut(&0).unwrap().word = MemberWord::new(1, MemberWord::TERMINATING);
-    assert!(!still_serves(&fake, 1, 0, 1));
+    let mut member = Fake::with_members(1, 1).members[&0];
+    assert!(still_serves(&member, 1, 1));
+    assert!(!still_serves(&member, 2, 1));
+    assert!(!still_serves(&member, 1, 2));
+    member.word = MemberWord::new(1, MemberWord::SERVING | MemberWord::TERMINATING);
+    assert!(still_serves(&member, 1, 1));
+    member.word = MemberWord::new(1, MemberWord::TERMINATING);
+    assert!(!still_serves(&member, 1, 1));
 }
 
 impl Fake {

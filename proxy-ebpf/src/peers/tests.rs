@@ -154,6 +154,18 @@ fn a_disconnected_socket_is_not_taken_for_connected() {
 }
 
 #[test]
+fn a_member_that_is_another_endpoint_now_does_not_keep_a_choice() {
+    let mut fake = Fake::of_members(1);
+    let mut socket = Socket::default();
+    send(&mut socket, &udp("10.96.0.1", 0), &backend(&fake, 0));
+    let request = udp("10.96.0.1", 1);
+    assert!(socket.choice(&fake, &request, HIT).is_some());
+    fake.members.get_mut(&0).unwrap().addr = addr("10.244.0.77");
+    assert!(socket.choice(&fake, &request, HIT).is_none());
+    assert_eq!(socket.choice(&Fake::default(), &request, HIT), None);
+}
+
+#[test]
 fn only_connected_datagram_sockets_of_gone_backends_are_dead() {
     let mut fake = Fake::of_members(1);
     let chosen = backend(&fake, 0);
