@@ -38,6 +38,7 @@ pub struct Agent {
     binary: PathBuf,
     args: Vec<String>,
     log: PathBuf,
+    nice: i32,
     child: Option<Child>,
 }
 
@@ -69,6 +70,7 @@ impl Agent {
             binary: agent_binary()?,
             args,
             log: node.state_dir().join(format!("{}-agent.log", node.name())),
+            nice: 0,
             child: None,
         })
     }
@@ -84,6 +86,13 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Runs it at this nice value.
+    #[must_use]
+    pub fn with_priority(mut self, nice: i32) -> Self {
+        self.nice = nice;
+        self
+    }
+
     /// Uses another binary from the next start on.
     pub fn use_binary(&mut self, binary: &Path) {
         binary.clone_into(&mut self.binary);
@@ -95,7 +104,10 @@ impl Agent {
     /// It cannot be started.
     pub fn spawn(&mut self) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(&self.log)?;
-        let mut command = self.place.command(&self.binary)?;
+        let mut command = self.place.command("nice")?;
+        command
+            .args(["-n", &self.nice.to_string()])
+            .arg(&self.binary);
         command.args(self.global_args()).args(&self.args);
         command
             .stdin(Stdio::null())

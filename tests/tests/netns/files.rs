@@ -44,16 +44,13 @@ fn a_broken_file_keeps_its_last_good_content_and_holds_nobody_up() {
 fn a_broken_field_is_reported_with_file_and_field_and_the_rest_goes_on() {
     in_family("broken-field", false, &[], |s| {
         s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.near)))?;
-        let broken = s
-            .service("web", 1)
-            .spec("ports", 7)
-            .to_yaml()?
-            .replace("port: 80\n", "port: 0\n");
+        let web = s.service("web", 1).endpoint(s.endpoint(&s.near));
+        let broken = web.to_yaml()?.replace("port: 80\n", "port: 0\n");
         s.manifests.write("web.yaml", &broken)?;
         s.settle()?;
         reaches(&s.client.peer()?, s.vip(1), &["near"])?;
         s.agent.wait_log("web.yaml")?;
-        s.agent.wait_log("port")
+        s.agent.wait_log("spec.ports[0].port")
     });
 }
 
@@ -92,9 +89,17 @@ fn a_folder_that_vanishes_takes_nothing_with_it() {
         fs::rename(s.manifests.dir(), &aside)?;
         s.agent.wait_log("manifests")?;
         reaches(&s.client.peer()?, s.vip(1), &["near"])?;
-        s.agent.restart().err();
+        // An agent that starts now ends at once, and takes nothing with it either.
+        s.agent.kill9()?;
+        s.agent.spawn()?;
+        let (exit, log) = s.agent.wait_end()?;
+        ensure!(
+            exit == Some(1) && log.contains("--manifests"),
+            "{exit:?} {log}"
+        );
         reaches(&s.client.peer()?, s.vip(1), &["near"])?;
         fs::rename(&aside, s.manifests.dir())?;
+        s.agent.spawn()?;
         s.agent.wait_ready()?;
         s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.far)))?;
         reaches(&s.client.peer()?, s.vip(1), &["far"])

@@ -84,7 +84,7 @@ fn nothing_is_left_behind() -> anyhow::Result<()> {
 #[ignore = "needs root"]
 fn a_dead_maker_leaves_nothing_behind() -> anyhow::Result<()> {
     let mut child = std::process::Command::new(std::env::current_exe()?)
-        .args(["--ignored", "--exact", "waits_to_be_killed"])
+        .args(["--ignored", "--exact", "topology::waits_to_be_killed"])
         .env("PROXY_TESTS_WAIT", "1")
         .stdout(std::process::Stdio::null())
         .spawn()?;

@@ -85,7 +85,8 @@ impl Churn {
             members: (0..SERVICES).map(members).collect(),
         };
         let mut churn = Self {
-            agent: Agent::new(&a, &manifests, &[])?,
+            // As the kubelet and its like on a node: before the pods, when there is too little time for all.
+            agent: Agent::new(&a, &manifests, &[])?.with_priority(-10),
             node: a,
             manifests,
             near,
@@ -156,6 +157,13 @@ impl Churn {
         self.write()
     }
 
+    /// Kills the agent amid its work.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.agent.kill9()?;
+        self.timeline.frozen();
+        Ok(())
+    }
+
     /// The agent is ready: what was true before the last change is over.
     pub fn caught_up(&mut self) {
         self.timeline.replaced();
@@ -172,19 +180,14 @@ impl Churn {
             .iter()
             .filter_map(|record| self.timeline.judge(record))
             .collect();
-        let some: Vec<_> = wrong.iter().take(10).collect();
+        let shown: Vec<_> = wrong.iter().take(20).collect();
         ensure!(
-            wrong.is_empty(),
-            "{} of {} answers are wrong: {some:#?}",
-            wrong.len(),
-            records.len()
-        );
-        ensure!(
-            report.failed == 0,
-            "{} of {} connections failed: {:#?}",
-            report.failed,
+            wrong.is_empty() && report.failed == 0,
+            "of {} connections {} failed: {:#?}, and {} had a wrong answer: {shown:#?}",
             records.len(),
-            report.failures
+            report.failed,
+            report.failures,
+            wrong.len(),
         );
         let rounds = self.timeline.len();
         Ok(Outcome {

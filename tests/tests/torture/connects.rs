@@ -44,7 +44,7 @@ fn no_connection_fails_while_endpoints_and_addresses_change() {
 fn replace_agent(churn: &mut Churn, binary: Option<&PathBuf>) -> anyhow::Result<()> {
     churn.churn(Duration::from_millis(300), PAUSE)?;
     churn.change()?;
-    churn.agent.kill9()?;
+    churn.kill()?;
     churn.change()?;
     if let Some(binary) = binary {
         churn.agent.use_binary(binary);
@@ -94,7 +94,7 @@ fn no_connection_fails_in_twenty_generation_swaps() {
         for _ in 0..20 {
             // A map that is not where it should be makes the next start build a new generation.
             churn.churn(Duration::from_millis(300), PAUSE)?;
-            churn.agent.kill9()?;
+            churn.kill()?;
             remove_one_map(churn)?;
             churn.agent.spawn()?;
             churn.agent.wait_ready()?;

@@ -1,12 +1,12 @@
 //! What was true when, and which answers it allows.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::collections::BTreeSet;
 
 use proxy_tests::load::{Record, now_ns};
 
 /// How long an endpoint may still answer after the file that removed it was in place: 100 ms, the 20 ms of quiet that
 /// the agent waits for, and as much for a test that shares its cores with the load.
-pub const GRACE: Duration = Duration::from_millis(140);
+const GRACE_NS: u64 = 140_000_000;
 
 /// Which identities a Service's endpoints have.
 pub type Members = BTreeSet<[u8; 8]>;
@@ -56,44 +56,55 @@ impl Timeline {
         }
     }
 
+    /// Says that the agent is dead: it may not have come to the last changes, so what was true before them goes on.
+    pub fn frozen(&mut self) {
+        let since = now_ns().saturating_sub(GRACE_NS);
+        for round in self.0.iter_mut().filter(|round| round.until_ns >= since) {
+            round.until_ns = u64::MAX;
+        }
+    }
+
     /// Rounds so far.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Why an answer was wrong; none if it was right.
+    /// Why an answer was wrong; none if it was right. Which Service has an address and which endpoints a Service has are
+    /// two facts, and either may be as old as the grace: they do not change in one step in the kernel.
     pub fn judge(&self, record: &Record) -> Option<String> {
-        let grace = u64::try_from(GRACE.as_nanos()).unwrap_or(u64::MAX);
         let target = usize::try_from(record.target).ok()?;
-        let allowed = |round: &Round| {
-            let service = round.truth.owner.get(target);
-            let members = service.and_then(|service| round.truth.members.get(*service));
-            members.is_some_and(|members| members.contains(&record.identity))
-        };
         // Rounds begin in order; those that began after the answer cannot matter.
         let began = self
             .0
             .partition_point(|round| round.from_ns <= record.end_ns);
-        let mut stale_ns = None;
-        for round in self.0.iter().take(began).rev() {
-            if allowed(round) {
-                let late = record.start_ns.saturating_sub(round.until_ns);
-                if late <= grace {
-                    return None;
-                }
-                stale_ns = Some(late);
-                break;
-            }
+        let late = |round: &Round| record.start_ns.saturating_sub(round.until_ns);
+        let recent = || {
+            self.0
+                .iter()
+                .take(began)
+                .rev()
+                .take_while(|round| late(round) <= GRACE_NS)
+        };
+        let owners: BTreeSet<_> = recent()
+            .filter_map(|round| round.truth.owner.get(target))
+            .collect();
+        let is_member = |round: &Round, service: usize| {
+            let members = round.truth.members.get(service);
+            members.is_some_and(|members| members.contains(&record.identity))
+        };
+        if owners
+            .iter()
+            .any(|&&owner| recent().any(|round| is_member(round, owner)))
+        {
+            return None;
         }
-        let who = String::from_utf8_lossy(&record.identity)
-            .trim_end_matches('\0')
-            .to_owned();
-        Some(match stale_ns {
-            Some(late) => format!(
-                "{who} answered target {target}, {} ms after it was removed",
-                late / 1_000_000
-            ),
-            None => format!("{who} answered target {target}, whose Service it never belonged to"),
+        let who = String::from_utf8_lossy(&record.identity);
+        let who = who.trim_end_matches('\0');
+        let mut earlier = self.0.iter().take(began).rev();
+        let last = earlier.find(|round| owners.iter().any(|&&owner| is_member(round, owner)));
+        Some(match last.map(|round| late(round) / 1_000_000) {
+            Some(late) => format!("{who} answered target {target} {late} ms after it was removed"),
+            None => format!("{who} answered target {target} of {owners:?}"),
         })
     }
 }
@@ -119,10 +130,9 @@ mod tests {
             target: 0,
             identity: Record::identity_of(name),
         };
-        let grace = u64::try_from(GRACE.as_nanos()).unwrap();
-        assert_eq!(timeline.judge(&record(end + grace, "a")), None);
-        assert_eq!(timeline.judge(&record(end + grace, "b")), None);
-        assert!(timeline.judge(&record(end + grace + 1, "a")).is_some());
+        assert_eq!(timeline.judge(&record(end + GRACE_NS, "a")), None);
+        assert_eq!(timeline.judge(&record(end + GRACE_NS, "b")), None);
+        assert!(timeline.judge(&record(end + GRACE_NS + 1, "a")).is_some());
         assert!(timeline.judge(&record(end, "c")).is_some());
         assert!(timeline.judge(&record(0, "b")).is_some());
     }
