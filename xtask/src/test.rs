@@ -99,62 +99,46 @@ struct Run {
     harness: &'static [&'static str],
 }
 
-/// What to run for a level, given the workspace's test targets. Torture measures failures under load, so one at a time.
+/// What to run for a level, given the workspace's test targets. A target without a level of its own is `packet`.
+/// Torture measures failures under load, so one at a time.
 fn runs(level: Level, targets: &BTreeSet<String>) -> Result<Vec<Run>> {
-    let own = ["--lib", "--bins"].map(str::to_owned);
-    let named = |names: &[&String]| {
+    let beside = || ["--lib", "--bins"].map(str::to_owned).to_vec();
+    let named = |wanted: &dyn Fn(&str) -> bool| -> Vec<String> {
+        let names = targets.iter().filter(|name| wanted(name));
         names
-            .iter()
-            .flat_map(|name| ["--test".to_owned(), (*name).clone()])
+            .flat_map(|name| ["--test".to_owned(), name.clone()])
             .collect()
     };
-    let one = |name: &str, harness| match targets.get(name) {
-        Some(target) => Ok(Run {
-            targets: named(&[target]),
-            harness,
-        }),
-        None => bail!("no package of the workspace has a test target {name:?}"),
-    };
-    Ok(match level {
-        Level::Unit => vec![Run {
-            targets: own.to_vec(),
-            harness: &[],
-        }],
-        Level::Golden => vec![one("golden", &[])?],
+    let run = |targets, harness| Run { targets, harness };
+    let runs = match level {
+        Level::Unit => vec![run(beside(), &[] as &[_])],
+        Level::Golden => vec![run(named(&|name| name == "golden"), &[])],
         Level::Packet => {
-            let beside = Run {
-                targets: own.to_vec(),
-                harness: &["--ignored"],
-            };
-            let packet = targets
-                .get("packet")
-                .map(|_| one("packet", &["--include-ignored"]));
-            std::iter::once(Ok(beside))
-                .chain(packet)
-                .collect::<Result<_>>()?
+            let others = named(&|name| !["golden", "netns", "torture"].contains(&name));
+            vec![run([beside(), others].concat(), &["--ignored"])]
         }
-        Level::Netns => vec![one("netns", &["--include-ignored"])?],
-        Level::Torture => vec![one("torture", &["--include-ignored", "--test-threads=1"])?],
-        Level::All => {
-            let quick: Vec<_> = targets.iter().filter(|name| *name != "torture").collect();
-            let mut root = own.to_vec();
-            root.extend::<Vec<_>>(named(&quick));
-            let mut runs = vec![
-                Run {
-                    targets: vec![],
-                    harness: &[],
-                },
-                Run {
-                    targets: root,
-                    harness: &["--ignored"],
-                },
-            ];
-            if targets.contains("torture") {
-                runs.push(one("torture", &["--ignored", "--test-threads=1"])?);
-            }
-            runs
+        Level::Netns => vec![run(named(&|name| name == "netns"), &["--include-ignored"])],
+        Level::Torture => {
+            let torture = named(&|name| name == "torture");
+            vec![run(torture, &["--include-ignored", "--test-threads=1"])]
         }
-    })
+        Level::All => vec![
+            run(vec![], &[]),
+            run(
+                [beside(), named(&|name| name != "torture")].concat(),
+                &["--ignored"],
+            ),
+            run(
+                named(&|name| name == "torture"),
+                &["--ignored", "--test-threads=1"],
+            ),
+        ],
+    };
+    // Without a target cargo would run all of them.
+    if level != Level::All && runs.iter().any(|run| run.targets.is_empty()) {
+        bail!("no package of the workspace has tests of this level: {targets:?}");
+    }
+    Ok(runs)
 }
 
 /// The names of all integration tests, as cargo sees them.
@@ -258,15 +242,21 @@ mod tests {
             .iter()
             .map(|run| (run.targets.join(" "), run.harness))
             .collect();
-        let expected: [(String, &[&str]); 3] = [
-            (String::new(), &[]),
-            (
-                "--lib --bins --test golden --test netns".into(),
-                &["--ignored"],
-            ),
-            ("--test torture".into(), &["--ignored", "--test-threads=1"]),
+        let expected: [(&str, &[&str]); 3] = [
+            ("", &[]),
+            ("--lib --bins --test golden --test netns", &["--ignored"]),
+            ("--test torture", &["--ignored", "--test-threads=1"]),
         ];
-        assert_eq!(words, expected);
+        assert_eq!(
+            words,
+            expected.map(|(targets, harness)| (targets.to_owned(), harness))
+        );
+    }
+
+    #[test]
+    fn a_target_without_a_level_is_not_forgotten() {
+        let runs = runs(Level::Packet, &targets(&["golden", "netns", "programs"])).unwrap();
+        assert_eq!(runs[0].targets, ["--lib", "--bins", "--test", "programs"]);
     }
 
     #[test]
