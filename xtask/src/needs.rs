@@ -71,6 +71,16 @@ pub enum Source {
     Owner(&'static str),
 }
 
+impl Source {
+    /// Whether Debian may have it as a package.
+    pub fn may_be_packaged(self) -> bool {
+        match self {
+            Self::Compiler | Self::Linker | Self::Library | Self::Package(_) => true,
+            Self::Root(_) | Self::Shell(_) | Self::Owner(_) => false,
+        }
+    }
+}
+
 /// Everything, in the order in which it is brought.
 pub const NEEDS: &[Need] = &[
     Need {

@@ -110,8 +110,8 @@ pub fn ensure(workspace: &Workspace, purposes: &[Purpose]) -> Result<()> {
 fn bring(workspace: &Workspace, missing: &[&Need]) -> Result<()> {
     let root = is_root(workspace);
     let mut offers = Offers::here(workspace);
-    if offers.apt && root && !(offers.compiler && offers.linker) {
-        // A fresh machine's package lists are often empty.
+    if offers.apt && root && missing.iter().any(|need| need.source.may_be_packaged()) {
+        // A fresh machine's package lists are empty or old.
         step(workspace, "apt-get update")?;
         offers = Offers::here(workspace);
     }
