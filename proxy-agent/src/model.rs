@@ -4,7 +4,7 @@
 //! here: parsing refuses it, and its last good version stays.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
 };
@@ -103,6 +103,8 @@ pub struct Model {
     slices: BTreeMap<ServiceName, Vec<(SliceName, Arc<Slice>)>>,
     /// The Service under which a slice is filed.
     filed: HashMap<SliceName, ServiceName>,
+    /// The /24 and /64 that an endpoint was ever in: a new ClusterIP is nearly never in one of them.
+    neighbourhoods: HashSet<u64>,
     node: Arc<Node>,
     addresses: BTreeSet<IpAddr>,
     has_objects: bool,
@@ -118,6 +120,7 @@ impl Model {
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
             filed: HashMap::new(),
+            neighbourhoods: HashSet::new(),
             node: Arc::default(),
             addresses: BTreeSet::new(),
             has_objects: false,
@@ -187,6 +190,11 @@ impl Model {
             .flat_map(|(name, slices)| slices.iter().map(move |(_, slice)| (name, &**slice)))
     }
 
+    /// No means no; yes means that it takes a look at all slices to know.
+    pub(crate) fn may_have_endpoint_at(&self, address: IpAddr) -> bool {
+        self.neighbourhoods.contains(&neighbourhood(address))
+    }
+
     fn apply_objects(&mut self, objects: Objects) -> Dirty {
         let Objects {
             services,
@@ -233,6 +241,9 @@ impl Model {
             dirty.services.insert(service);
         }
         if let Some(slice) = slice {
+            let endpoints = slice.endpoints.iter();
+            self.neighbourhoods
+                .extend(endpoints.map(|endpoint| neighbourhood(endpoint.address)));
             let service = slice.service.clone();
             let slices = self.slices.entry(service.clone()).or_default();
             if let Err(at) = position(slices, &name) {
@@ -286,6 +297,13 @@ impl Model {
                 .collect(),
             addresses: is_first || !changed.is_empty(),
         }
+    }
+}
+
+fn neighbourhood(address: IpAddr) -> u64 {
+    match address {
+        IpAddr::V4(v4) => u64::from(v4.to_bits() >> 8),
+        IpAddr::V6(v6) => (v6.to_bits() >> 64) as u64,
     }
 }
 

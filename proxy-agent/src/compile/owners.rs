@@ -128,7 +128,8 @@ impl Owners {
             let now = i64::from(self.cluster_ips.get(&ip).copied().unwrap_or(0));
             ((now == 0) != (now - change == 0)).then_some(ip)
         };
-        let moved: Vec<IpAddr> = addresses.into_iter().filter_map(appeared_or_gone).collect();
+        let moved = addresses.into_iter().filter_map(appeared_or_gone);
+        let moved: Vec<IpAddr> = moved.filter(|ip| model.may_have_endpoint_at(*ip)).collect();
         add_services_with_endpoint_at(model, &moved, scope);
     }
 
