@@ -80,12 +80,11 @@ pub fn with_programs(
 }
 
 /// The object of this build.
-pub fn object(log: bool) -> anyhow::Result<Object> {
-    let constants = Constants {
-        can_refuse: true,
-        log,
-    };
-    Ok(Object::embedded(constants)?)
+///
+/// # Errors
+/// It was built without, or the kernel has no BTF.
+pub fn object(can_refuse: bool, log: bool) -> anyhow::Result<Object> {
+    Ok(Object::embedded(Constants { can_refuse, log })?)
 }
 
 /// Creates every map of `object`, small.
@@ -131,7 +130,7 @@ impl Programs {
         let root = cgroup2_root()?;
         let turn = Flock::lock(File::open(&root)?, FlockArg::LockExclusive)
             .map_err(|(_, errno)| anyhow::Error::from(errno).context("cannot wait for my turn"))?;
-        let object = object(false)?;
+        let object = object(true, false)?;
         let fds = make_maps(&object)?;
         let loaded = object.load(&fds)?;
         let tables = Tables::new(&fds, true)?;

@@ -110,10 +110,10 @@ fn errno(error: &io::Error) -> Option<Errno> {
 #[test]
 #[ignore = "needs CAP_BPF"]
 fn every_program_passes_the_verifier() -> anyhow::Result<()> {
-    for log in [false, true] {
-        let object = programs::object(log)?;
+    for (can_refuse, log) in [(true, false), (true, true), (false, false)] {
+        let object = programs::object(can_refuse, log)?;
         let loaded = object.load(&programs::make_maps(&object)?)?;
-        assert_eq!(loaded.left_out, [], "log {log}");
+        assert_eq!(loaded.left_out, [], "refuse {can_refuse}, log {log}");
         assert_eq!(loaded.programs.len(), 11);
     }
     Ok(())
