@@ -191,7 +191,7 @@ fn add_services_with_endpoint_at(
     }
     for (name, slice) in model.all_slices() {
         let is_there = |endpoint: &Endpoint| addresses.binary_search(&endpoint.address).is_ok();
-        if !scope.contains(name) && slice.endpoints.iter().any(is_there) {
+        if slice.endpoints.iter().any(is_there) {
             scope.insert(name.clone());
         }
     }
