@@ -189,8 +189,22 @@ pub const fn scope(frontend_kind: u8, policy: Policy) -> Scope {
 }
 
 /// Chooses the backend for a frontend that was found.
+///
+/// A service that has none is looked up once more before the client is refused: its frontend may have moved to another
+/// service, or its policy to the other set, between our reading of that and of a set that was emptied right after it.
 #[inline(always)]
 pub fn choose<T: Tables>(tables: &T, hit: Hit, request: &Request) -> Verdict {
+    match choose_once(tables, hit, request) {
+        Verdict::Refuse(Reason::NoEndpoints) => match find(tables, request) {
+            Ok(hit) => choose_once(tables, hit, request),
+            Err(verdict) => verdict,
+        },
+        verdict => verdict,
+    }
+}
+
+#[inline(always)]
+fn choose_once<T: Tables>(tables: &T, hit: Hit, request: &Request) -> Verdict {
     let Some(policy) = tables.policy(hit.service) else {
         return Verdict::Pass(Reason::BrokenMap);
     };

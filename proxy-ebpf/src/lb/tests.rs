@@ -380,6 +380,24 @@ fn a_set_that_changed_meanwhile_is_read_again_up_to_four_times() {
 }
 
 #[test]
+fn a_set_that_was_emptied_after_its_frontend_left_refuses_nobody() {
+    let mut fake = Fake::with_members(2, 2);
+    fake.services.insert(2, Default::default());
+    let emptied = Hit {
+        service: 2,
+        kind: kind::CLUSTER_IP,
+    };
+    let request = to("10.96.0.1", 80);
+    let verdict = choose(&fake, emptied, &request);
+    assert!(matches!(verdict, Verdict::Translate(backend) if backend.service == 1));
+    fake.frontends.clear();
+    assert_eq!(
+        choose(&fake, emptied, &request),
+        Verdict::Refuse(Reason::UnknownPort)
+    );
+}
+
+#[test]
 fn missing_entries_leave_the_connection_untranslated() {
     let broken = Verdict::Pass(Reason::BrokenMap);
     let mut fake = Fake::with_members(1, 1);

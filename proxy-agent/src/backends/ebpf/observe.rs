@@ -4,7 +4,7 @@
 //! the members say end as an entry that differs from every desired one, or as a stray. Nothing is written here.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
 };
 
@@ -78,7 +78,7 @@ impl<'a, S: Store> Reading<'a, S> {
     }
 
     fn services(&mut self) {
-        let mut seen = HashMap::new();
+        let mut seen = HashSet::new();
         for index in 0..self.have.services {
             let service = self.store.service(index);
             for word in [service.cluster, service.local] {
@@ -88,13 +88,13 @@ impl<'a, S: Store> Reading<'a, S> {
                 continue;
             }
             match service_port(&self.store.name(index)) {
-                Some(key) if seen.insert(key.clone(), index).is_none() => {
+                Some(key) if service.used == 1 && seen.insert(key.clone()) => {
                     let draft = Draft {
                         key,
                         service,
                         members: Vec::new(),
                         frontends: Vec::new(),
-                        sound: service.used == 1,
+                        sound: true,
                         owns_slots: true,
                     };
                     self.drafts.insert(index, draft);

@@ -86,6 +86,21 @@ impl Simulated {
         store
     }
 
+    /// Checks nothing from now on: what is written next is meant to be wrong.
+    pub fn unchecked(&mut self) {
+        self.checked = false;
+    }
+
+    /// Ends what [`Simulated::fixed`] said.
+    pub fn grow_freely(&mut self) {
+        self.limit = None;
+    }
+
+    /// Grace periods that were started.
+    pub fn started(&self) -> u64 {
+        self.started
+    }
+
     /// One hash operation in `rate` fails from now on, as drawn from `seed`; 0 = none.
     pub fn inject_faults(&mut self, rate: u64, seed: u64) {
         (self.fault_rate, self.seed) = (rate, seed);

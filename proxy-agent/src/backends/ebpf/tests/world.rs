@@ -88,7 +88,7 @@ fn policy() -> impl Strategy<Value = TrafficPolicy> {
     prop_oneof![3 => Just(TrafficPolicy::Cluster), 1 => Just(TrafficPolicy::Local)]
 }
 
-fn service(index: usize) -> impl Strategy<Value = ServiceState> {
+fn any_service(index: usize) -> impl Strategy<Value = ServiceState> {
     let key = service_port(index);
     let own = Frontend {
         address: address(key.family, 97, index as u8),
@@ -113,10 +113,42 @@ fn service(index: usize) -> impl Strategy<Value = ServiceState> {
     })
 }
 
+/// `name` at `vip`:80, with endpoints at 10.244.0.`hosts` that the whole cluster may use.
+pub fn service(name: &str, protocol: Protocol, vip: &str, hosts: &[u8]) -> ServiceState {
+    let frontend = Frontend {
+        address: vip.parse().unwrap(),
+        port: 80,
+        kind: FrontendKind::ClusterIp,
+        on_local_link: false,
+    };
+    let backend = |host: &u8| Backend {
+        address: address(Family::V4, 244, *host),
+        port: 8080,
+        state: BackendState {
+            in_cluster: true,
+            ..BackendState::default()
+        },
+    };
+    ServiceState {
+        key: ServicePort {
+            service: ServiceName::new("default", name),
+            port: "".into(),
+            protocol,
+            family: Family::V4,
+        },
+        frontends: vec![frontend],
+        backends: hosts.iter().map(backend).collect(),
+        affinity_seconds: None,
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        source_ranges: vec![],
+    }
+}
+
 /// Any state: each contested frontend belongs to one service port at most.
 pub fn state() -> impl Strategy<Value = DesiredState> {
     let services: Vec<_> = (0..PORTS.len())
-        .map(|index| prop::option::weighted(0.8, service(index)))
+        .map(|index| prop::option::weighted(0.8, any_service(index)))
         .collect();
     let owners = prop::collection::vec((0..4_usize, prop::bool::weighted(0.1)), 6);
     (services, owners, any::<bool>()).prop_map(|(services, owners, second_address)| {
