@@ -14,9 +14,9 @@ use std::{
 use proxy_ebpf::{
     abi::{
         Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, MemberWord, Name,
-        Policy, Reason, Service, SetWord, Slot,
+        Policy, Service, SetWord, Slot,
     },
-    lb::{Scope, Tables},
+    lb::Scope,
 };
 
 use super::{
@@ -26,6 +26,7 @@ use super::{
 use crate::backends::Error;
 
 mod readers;
+mod tables;
 
 use readers::Readers;
 
@@ -188,6 +189,26 @@ impl Simulated {
         x.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32
     }
 
+    /// E2BIG, as the kernel says it.
+    fn expect_room<T>(
+        &self,
+        items: &[T],
+        known: impl Fn(&Self, &T) -> bool,
+        used: impl Fn(&Self) -> (usize, u32),
+    ) -> Result<(), Error> {
+        let (len, capacity) = used(self);
+        let new = items.iter().filter(|item| !known(self, item)).count();
+        if len + new <= capacity as usize {
+            return Ok(());
+        }
+        Err(Error::Kernel {
+            action: "update",
+            object: format!("a map of {capacity} entries"),
+            source: std::io::Error::from_raw_os_error(libc::E2BIG),
+            hint: "",
+        })
+    }
+
     /// One hash operation per item; those before a fault went in.
     fn each<T>(&mut self, items: &[T], operation: impl Fn(&mut Self, &T)) -> Result<(), Error> {
         for item in items {
@@ -303,9 +324,12 @@ impl Store for Simulated {
     }
 
     fn upsert_frontends(&mut self, entries: &[(FrontendKey, FrontendValue)]) -> Result<(), Error> {
+        let known = |store: &Self, (key, _): &_| store.frontends.contains_key(key);
+        self.expect_room(entries, known, |store| {
+            (store.frontends.len(), store.capacity.frontends)
+        })?;
         self.each(entries, |store, (key, value)| {
             store.frontends.insert(*key, *value);
-            assert!(store.frontends.len() <= store.capacity.frontends as usize);
         })
     }
 
@@ -316,9 +340,10 @@ impl Store for Simulated {
     }
 
     fn upsert_vips(&mut self, vips: &[Addr]) -> Result<(), Error> {
+        let known = |store: &Self, addr: &_| store.vips.contains(addr);
+        self.expect_room(vips, known, |store| (store.vips.len(), store.capacity.vips))?;
         self.each(vips, |store, addr| {
             store.vips.insert(*addr);
-            assert!(store.vips.len() <= store.capacity.vips as usize);
         })
     }
 
@@ -329,9 +354,12 @@ impl Store for Simulated {
     }
 
     fn upsert_addresses(&mut self, entries: &[(Addr, u32)]) -> Result<(), Error> {
+        let known = |store: &Self, (addr, _): &_| store.addresses.contains_key(addr);
+        self.expect_room(entries, known, |store| {
+            (store.addresses.len(), store.capacity.addresses)
+        })?;
         self.each(entries, |store, (addr, flags)| {
             store.addresses.insert(*addr, *flags);
-            assert!(store.addresses.len() <= store.capacity.addresses as usize);
         })
     }
 
@@ -358,48 +386,4 @@ impl Store for Simulated {
         self.over = self.over.max(number);
         self.readers.forget(self.over);
     }
-}
-
-impl Tables for Simulated {
-    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
-        self.frontends.get(key).copied()
-    }
-
-    fn is_cluster_ip(&self, addr: &Addr) -> bool {
-        self.vips.contains(addr)
-    }
-
-    fn node_address(&self, addr: &Addr) -> Option<u32> {
-        self.addresses.get(addr).copied()
-    }
-
-    fn set(&self, service: u32, scope: Scope) -> Option<SetWord> {
-        let service = self.services.get(service as usize)?;
-        Some(match scope {
-            Scope::Cluster => service.cluster,
-            Scope::Local => service.local,
-        })
-    }
-
-    fn policy(&self, service: u32) -> Option<Policy> {
-        Some(self.services.get(service as usize)?.policy)
-    }
-
-    fn slot(&self, index: u32) -> Option<Slot> {
-        self.slots.get(index as usize).copied()
-    }
-
-    fn member(&self, index: u32) -> Option<Member> {
-        self.members.get(index as usize).copied()
-    }
-
-    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
-        self.affinity.borrow().get(key).copied()
-    }
-
-    fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
-        self.affinity.borrow_mut().insert(*key, *value);
-    }
-
-    fn note(&self, _: Reason) {}
 }

@@ -12,10 +12,14 @@ mod world;
 
 /// What a driver of a backend does: observes, plans, applies; again after an error, as a new process after a crash.
 fn converge(mut backend: EbpfBackend<Simulated>, state: &DesiredState) -> EbpfBackend<Simulated> {
-    for _ in 0..1000 {
+    let mut last = Ok(());
+    for _ in 0..300 {
         let observed = backend.observe().unwrap();
         let plan = diff(&observed, &backend.render(state));
-        let done = plan.is_empty() || backend.apply(&plan, state).is_ok();
+        if !plan.is_empty() {
+            last = backend.apply(&plan, state);
+        }
+        let done = plan.is_empty() || last.is_ok();
         if backend.store().has_crashed() {
             let mut store = backend.into_store();
             store.crash_after(None);
@@ -24,14 +28,15 @@ fn converge(mut backend: EbpfBackend<Simulated>, state: &DesiredState) -> EbpfBa
             return backend;
         }
     }
-    panic!("does not converge");
+    panic!("does not converge: {last:?}");
 }
 
-/// Maps that just hold the largest state twice, and never more: much has to wait for grace periods.
+/// Maps that just hold the largest state twice, and never more: much has to wait for grace periods. With 20 sets of up
+/// to 5 slots, 200 slots have a gap of 5 however they are strewn.
 fn small() -> Simulated {
     Simulated::fixed(Capacity {
         services: 10,
-        slots: 150,
+        slots: 200,
         members: 50,
         frontends: 16,
         vips: 8,
@@ -58,7 +63,7 @@ fn assert_equal(backend: &mut EbpfBackend<Simulated>, state: &DesiredState) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn what_was_applied_is_observed(state in world::state()) {
