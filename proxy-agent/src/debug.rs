@@ -61,6 +61,7 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
         cli::Table::Backends => show(&dump::backends(&contents), output)?,
         cli::Table::Sockets => {
             contents.sockets = maps.sockets()?;
+            contents.peers = maps.peers()?;
             show(&dump::sockets(&contents, now_ns), output)?;
         }
         cli::Table::Affinity => show(&dump::affinity(&contents, now_ns), output)?,
@@ -155,12 +156,12 @@ pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
         false => None,
     };
     let Rehearsal { observed, mut plan } = rehearse(maps.as_ref(), &desired.state)?;
-    for problem in &desired.broken {
-        tracing::warn!(error = %problem, "broken manifest");
-    }
     if !desired.is_complete {
-        tracing::warn!("a manifest is broken: `run` would delete nothing");
+        tracing::warn!(
+            "until the manifests are mended, `run` adds what is missing and leaves the rest as it finds it"
+        );
         plan.deletions.clear();
+        plan.upserts.retain(|(key, _)| !observed.contains_key(key));
     }
     let changes = plan::changes(&plan, &observed);
     show(&changes, args.output)?;

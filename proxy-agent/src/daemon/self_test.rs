@@ -22,6 +22,8 @@ const CANARY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8));
 const CANARY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 8));
 /// discard.
 const PORT: u16 = 9;
+/// A cgroup below the node's, with the process id of its agent.
+const CHILD_PREFIX: &str = "proxy-agent-self-test-";
 /// No Kubernetes name has an underscore.
 const NAME: (&str, &str) = ("proxy-agent", "_self-test");
 
@@ -74,7 +76,8 @@ pub fn add_canary(state: &mut DesiredState) {
 /// # Errors
 /// A sentence that says what is wrong.
 pub fn run(cgroup: &Path) -> Result<(), String> {
-    let child = cgroup.join(format!("proxy-agent-self-test-{}", std::process::id()));
+    remove_leftovers(cgroup);
+    let child = cgroup.join(format!("{CHILD_PREFIX}{}", std::process::id()));
     let at = child.display();
     match fs::create_dir(&child) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -102,6 +105,20 @@ pub fn run(cgroup: &Path) -> Result<(), String> {
                 true => format!("it ended with {}", output.status),
                 false => text.to_owned(),
             })
+        }
+    }
+}
+
+/// Removes the cgroups of self-tests whose agent was killed meanwhile.
+fn remove_leftovers(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(CHILD_PREFIX));
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Best effort: it is empty, or somebody else's business.
+            let _ = fs::remove_dir(entry.path());
         }
     }
 }
@@ -164,6 +181,20 @@ mod tests {
     fn without_hooks_the_canary_is_not_translated() {
         let error = connect(CANARY_V4, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), PORT));
         assert!(error.unwrap_err().contains("was not translated"));
+    }
+
+    #[test]
+    fn cgroups_of_dead_agents_are_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let own = root
+            .path()
+            .join(format!("{CHILD_PREFIX}{}", std::process::id()));
+        // Beyond the largest process id.
+        let dead = root.path().join(format!("{CHILD_PREFIX}4194305"));
+        fs::create_dir(&own).unwrap();
+        fs::create_dir(&dead).unwrap();
+        remove_leftovers(root.path());
+        assert!(own.exists() && !dead.exists());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proxy_ebpf::{
     abi::{
         Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, MemberWord, Meta,
-        Name, Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats,
+        Name, Peer, PeerKey, Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats,
     },
     lb::{Scope, Tables},
 };
@@ -63,6 +63,8 @@ pub struct Contents {
     pub affinity: BTreeMap<AffinityKey, AffinityValue>,
     /// SOCKETS.
     pub sockets: Vec<SocketRecord>,
+    /// PEERS.
+    pub peers: Vec<(PeerKey, Peer)>,
     /// REASONS, summed over the CPUs.
     pub reasons: Vec<(Reason, u64)>,
     /// Entries and capacity of each map.

@@ -94,6 +94,7 @@ pub fn contents() -> Contents {
         .into(),
         affinity: [(affinity_key, affinity)].into(),
         sockets: Vec::new(),
+        peers: Vec::new(),
         reasons: Vec::new(),
         maps: Vec::new(),
     }

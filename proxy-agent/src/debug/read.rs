@@ -30,6 +30,7 @@ pub fn read(maps: &PinnedMaps) -> Result<Contents, Error> {
         slots: BTreeMap::new(),
         members: BTreeMap::new(),
         sockets: Vec::new(),
+        peers: Vec::new(),
     };
     let capacity = maps.capacity();
     for index in 0..capacity.members {

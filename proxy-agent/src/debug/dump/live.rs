@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use proxy_ebpf::abi::{AffinityKey, AffinityValue, SocketRecord, meta_flags, peer_flags};
+use proxy_ebpf::abi::{
+    AffinityKey, AffinityValue, Peer, PeerKey, SocketRecord, meta_flags, peer_flags,
+};
 use serde::Serialize;
 
 use super::{protocol, socket};
@@ -79,8 +81,8 @@ pub struct SocketRow {
     connected: bool,
     /// The backend still serves.
     serving: bool,
-    /// Cookie of the socket's network namespace.
-    netns: u64,
+    /// Cookie of the socket's network namespace; null for what does not fit into the socket's own storage.
+    netns: Option<u64>,
     /// The socket's own cookie, as `ss -e` shows it.
     cookie: u64,
     idle_seconds: u64,
@@ -93,32 +95,33 @@ pub struct Sockets(pub Vec<SocketRow>);
 
 /// What sockets were translated from. `now_ns` is CLOCK_MONOTONIC.
 pub fn sockets(contents: &Contents, now_ns: u64) -> Sockets {
-    let mut rows = Vec::new();
-    for SocketRecord {
+    let row = |cookie: u64, netns: Option<u64>, peer: &Peer| SocketRow {
+        service: contents.service_name(peer.service),
+        protocol: protocol(peer.protocol as u8),
+        vip: socket(peer.vip.into(), peer.vip_port.host()),
+        backend: socket(peer.backend.into(), peer.backend_port.host()),
+        connected: peer.flags & peer_flags::CONNECTED != 0,
+        serving: contents
+            .member_at(peer.member, peer.generation)
+            .is_some_and(|member| member.service == peer.service),
+        netns,
         cookie,
-        socket: storage,
-    } in &contents.sockets
-    {
-        let used = storage
+        idle_seconds: now_ns.saturating_sub(peer.last_used_ns) / NS_PER_SECOND,
+    };
+    let mut rows = Vec::new();
+    for SocketRecord { cookie, socket } in &contents.sockets {
+        let used = socket
             .peers
             .iter()
             .filter(|peer| peer.flags & peer_flags::USED != 0);
-        rows.extend(used.map(|peer| {
-            SocketRow {
-                service: contents.service_name(peer.service),
-                protocol: protocol(peer.protocol as u8),
-                vip: socket(peer.vip.into(), peer.vip_port.host()),
-                backend: socket(peer.backend.into(), peer.backend_port.host()),
-                connected: peer.flags & peer_flags::CONNECTED != 0,
-                serving: contents
-                    .member_at(peer.member, peer.generation)
-                    .is_some_and(|member| member.service == peer.service),
-                netns: storage.netns_cookie,
-                cookie: *cookie,
-                idle_seconds: now_ns.saturating_sub(peer.last_used_ns) / NS_PER_SECOND,
-            }
-        }));
+        rows.extend(used.map(|peer| row(*cookie, Some(socket.netns_cookie), peer)));
     }
+    // Each overflow entry is there twice: by VIP and by backend.
+    let overflow = contents
+        .peers
+        .iter()
+        .filter(|(key, _)| key.by == PeerKey::BY_VIP);
+    rows.extend(overflow.map(|(key, peer)| row(key.cookie, None, peer)));
     rows.sort();
     Sockets(rows)
 }
@@ -141,7 +144,8 @@ impl Report for Sockets {
                     }
                     .to_owned(),
                     if row.serving { "serving" } else { "gone" }.to_owned(),
-                    row.netns.to_string(),
+                    row.netns
+                        .map_or_else(|| "?".to_owned(), |cookie| cookie.to_string()),
                     format!("{}s", row.idle_seconds),
                 ]
             })
