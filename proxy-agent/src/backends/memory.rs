@@ -22,6 +22,8 @@ pub struct Memory {
     /// One write in so many fails; 0 = none.
     fault_rate: u64,
     seed: u64,
+    /// The next so many writes fail.
+    failing: u64,
 }
 
 impl Memory {
@@ -34,7 +36,16 @@ impl Memory {
         }
     }
 
+    /// Lets the next `writes` writes fail.
+    pub fn fail_next(&mut self, writes: u64) {
+        self.failing = writes;
+    }
+
     fn write(&mut self) -> Result<(), Error> {
+        if self.failing > 0 {
+            self.failing -= 1;
+            return Err(Error::Injected);
+        }
         // splitmix64: enough for faults.
         self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.seed ^ (self.seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
