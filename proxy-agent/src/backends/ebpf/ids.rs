@@ -182,6 +182,9 @@ impl Ids {
                 return Ok(found);
             }
             self.reclaim(store);
+            if let Some(found) = attempt(self, have) {
+                return Ok(found);
+            }
             match self.quarantine.oldest() {
                 Some(oldest) => store.wait_grace(oldest),
                 None => store.reserve(&map.doubled(have)?)?,
