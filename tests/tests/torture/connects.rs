@@ -91,6 +91,7 @@ fn no_connection_fails_in_fifty_upgrades_and_downgrades() {
 #[ignore = "needs root and eBPF; takes a minute"]
 fn no_connection_fails_in_twenty_generation_swaps() {
     torture("swap", |churn| {
+        let mut capacities = Vec::new();
         for _ in 0..20 {
             // A map that is not where it should be makes the next start build a new generation.
             churn.churn(Duration::from_millis(300), PAUSE)?;
@@ -99,9 +100,22 @@ fn no_connection_fails_in_twenty_generation_swaps() {
             churn.agent.spawn()?;
             churn.agent.wait_ready()?;
             churn.caught_up();
+            capacities.push(capacity(churn, "MEMBERS")?);
         }
+        let constant = capacities
+            .windows(2)
+            .all(|pair| pair.first() == pair.last());
+        ensure!(constant, "the maps grow without need: {capacities:?}");
         Ok(())
     });
+}
+
+fn capacity(churn: &Churn, map: &str) -> anyhow::Result<Option<u64>> {
+    let maps = churn.agent.json(&["dump", "maps"])?;
+    let found = maps
+        .as_array()
+        .and_then(|maps| maps.iter().find(|one| one["map"] == map));
+    Ok(found.and_then(|found| found["capacity"].as_u64()))
 }
 
 /// Removes the pin of SLOTS, wherever it is.

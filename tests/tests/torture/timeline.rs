@@ -8,6 +8,9 @@ use proxy_tests::load::{Record, now_ns};
 /// the agent waits for, and as much for a test that shares its cores with the load.
 const GRACE_NS: u64 = 140_000_000;
 
+/// How far back the changes reach that an agent may leave undone when it is killed on a busy machine.
+const UNDONE_NS: u64 = 1_000_000_000;
+
 /// Which identities a Service's endpoints have.
 pub type Members = BTreeSet<[u8; 8]>;
 
@@ -58,7 +61,7 @@ impl Timeline {
 
     /// Says that the agent is dead: it may not have come to the last changes, so what was true before them goes on.
     pub fn frozen(&mut self) {
-        let since = now_ns().saturating_sub(GRACE_NS);
+        let since = now_ns().saturating_sub(UNDONE_NS);
         for round in self.0.iter_mut().filter(|round| round.until_ns >= since) {
             round.until_ns = u64::MAX;
         }
