@@ -2,4 +2,8 @@
 
 pub mod cluster;
 pub mod connect;
+pub mod engine;
+pub mod memory;
 pub mod report;
+pub mod start;
+pub mod update;

@@ -6,24 +6,36 @@ use std::{
 };
 
 use clap::Parser;
-use proxy_tests::bench::connect;
+use proxy_tests::bench::{connect, memory, start, update};
 
 /// Benches of proxy-agent.
 #[derive(Debug, Parser)]
 enum Bench {
     /// Connections through a ClusterIP against the pod directly.
     Connect,
+    /// One endpoint of 100,000 changes.
+    Update,
+    /// 250,000 endpoints into an empty kernel, and a restart.
+    Start,
+    /// Resident memory after both.
+    Memory,
     /// The server process of `connect`.
     #[command(hide = true)]
     ConnectServer { address: SocketAddr },
     /// The client process of `connect`.
     #[command(hide = true)]
     ConnectClient { server: Ipv4Addr, services: u32 },
+    /// The process that `memory` measures.
+    #[command(hide = true)]
+    MemoryEngine { services: u32, endpoints: u32 },
 }
 
 fn main() -> ExitCode {
     let met = match Bench::parse() {
         Bench::Connect => connect::run(),
+        Bench::Update => update::run(),
+        Bench::Start => start::run(),
+        Bench::Memory => memory::run(),
         Bench::ConnectServer { address } => connect::serve(address).map(|()| true),
         Bench::ConnectClient { server, services } => {
             connect::client(server, services).map(|()| true)
