@@ -40,6 +40,10 @@ fn main() -> ExitCode {
         Bench::ConnectClient { server, services } => {
             connect::client(server, services).map(|()| true)
         }
+        Bench::MemoryEngine {
+            services,
+            endpoints,
+        } => memory::engine(services, endpoints).map(|()| true),
     };
     match met {
         Ok(true) => ExitCode::SUCCESS,
