@@ -102,7 +102,7 @@ impl Engine {
             let mut compiler = Compiler::default();
             move || {
                 let compile = |scope: &Scope| compile(&mut compiler, &lock(&model), scope);
-                layer.run(&inbox, compile, |_, _, _| {});
+                layer.run(&inbox, compile, |_, _| {});
             }
         });
         let engine = Self {
