@@ -594,3 +594,31 @@ fn other_constants_move_the_hooks_that_use_them_and_keep_the_maps() {
     };
     assert!(moved(Hook::Connect4) && !moved(Hook::GetPeerName4));
 }
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn without_memory_for_larger_maps_all_is_as_it_was() {
+    let node = Node::new();
+    let mut store = node.published();
+    let links = node.links();
+    // 137 GB, which the kernel refuses by arithmetic: more than the machine has.
+    let need = Capacity {
+        members: 1 << 31,
+        ..store.capacity()
+    };
+    let error = store.reserve(&need).unwrap_err().to_string();
+    assert!(
+        error.contains("cannot create map MEMBERS") && error.contains("memory"),
+        "{error}"
+    );
+    assert_filled(&store);
+    assert_eq!((store.generation(), node.links()), (1, links));
+    assert_eq!(store.dir.generations().unwrap().len(), 1);
+    store
+        .reserve(&Capacity {
+            members: 5_000,
+            ..store.capacity()
+        })
+        .unwrap();
+    assert_filled(&store);
+}
