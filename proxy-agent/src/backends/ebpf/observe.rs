@@ -18,7 +18,7 @@ use super::{
     ids::{Entry, Ids},
     quarantine::Freed,
     render::{Digest, MapFrontend, service_port},
-    store::{Capacity, Store},
+    store::{Capacity, Store, UNSEEN},
 };
 use crate::{
     backends::{Error, Key},
@@ -146,7 +146,9 @@ impl<'a, S: Store> Reading<'a, S> {
         for index in 0..self.have.members {
             let member = self.store.member(index);
             if member.word.bits() == 0 {
-                let at_once = member.word.generation() == 0 || is_set(&was_free, index);
+                let at_once = member.word.generation() == 0
+                    || member.service == UNSEEN
+                    || is_set(&was_free, index);
                 if at_once {
                     free.push(index);
                 } else {

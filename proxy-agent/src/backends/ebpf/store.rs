@@ -10,6 +10,10 @@ use proxy_ebpf::{
 
 use crate::backends::Error;
 
+/// Service of a free member that no program has ever seen, whatever its generation: in a new map whose generations begin
+/// behind those that sockets may still name.
+pub const UNSEEN: u32 = u32::MAX;
+
 /// Entries per map: what there is, or what is needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Capacity {

@@ -13,7 +13,7 @@ use super::{
         load::Object,
         maps::{Array, Hash},
         refused::refused,
-        store::Capacity,
+        store::{Capacity, UNSEEN},
         sys,
         tables::Fds,
     },
@@ -162,10 +162,13 @@ fn copy_hash<K: Plain, V: Plain>(name: &str, old: &OwnedFd, new: &OwnedFd) -> Re
 /// generations may be one that they know.
 fn renew_generations(members: &OwnedFd) -> Result<(), Error> {
     let members = array("MEMBERS", members, true)?;
-    let epoch = monotonic_ns() as u32 | 1;
-    let offset = std::mem::offset_of!(Member, word);
+    let unseen = Member {
+        word: MemberWord::new(monotonic_ns() as u32 | 1, 0),
+        service: UNSEEN,
+        ..Member::default()
+    };
     for index in 0..members.len() {
-        members.store_word(index, offset, MemberWord::new(epoch, 0).0);
+        members.write(index, &unseen);
     }
     Ok(())
 }

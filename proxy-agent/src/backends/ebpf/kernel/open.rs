@@ -140,7 +140,8 @@ impl Pinned {
 }
 
 fn swap(dir: &Directory, object: &Object, pinned: Pinned, number: u64) -> Result<Found, Error> {
-    let keep_ids = ["SERVICES", "MEMBERS", "NAMES", "SLOTS"]
+    // Without SLOTS the sets lead nowhere until they are written again, but services and members keep their indices.
+    let keep_ids = ["SERVICES", "MEMBERS", "NAMES"]
         .iter()
         .all(|name| pinned.good.contains_key(*name));
     if pinned.bad.is_empty() {
@@ -157,16 +158,11 @@ fn swap(dir: &Directory, object: &Object, pinned: Pinned, number: u64) -> Result
             "pinned maps are not what they should be: a new generation is made beside them, they are left alone"
         );
     }
-    let need = if keep_ids {
-        Capacity::default()
-    } else {
-        pinned.capacity()
-    };
     let recipe = Recipe {
         old: &pinned.good,
         share: Share::WhatProgramsWrite,
         keep_ids,
-        need,
+        need: pinned.capacity(),
     };
     let (generation, fds) = build::build(dir, object, number, &recipe)?;
     let mut good = pinned.good;
