@@ -9,7 +9,7 @@ mod maps;
 mod socket;
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
-use socket::{V4, V6};
+use socket::context::{V4, V6};
 
 macro_rules! hooks {
     ($($hook:ident = $body:ident::<$family:ident>;)*) => {$(

@@ -5,11 +5,8 @@
 //! itself. v4-mapped destinations of an IPv6 socket arrive at `connect6`, but at `sendmsg4`, and the replies at `recvmsg6`
 //! (v6.18, net/ipv6/udp.c).
 
-use core::ptr;
-
 use aya_ebpf::{
     EbpfContext,
-    bindings::bpf_sock,
     helpers::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_get_prandom_u32,
         bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval,
@@ -21,10 +18,13 @@ use proxy_ebpf::{
     lb::{self, Backend, Hit, Request, Verdict},
 };
 
+use self::context::{Family, port, rewrite, sk};
 use crate::{
     log,
     maps::{self, Counter, Maps, Terms},
 };
+
+pub mod context;
 
 /// The kernel goes on with the call; the only value that recvmsg and getpeername may return.
 const PROCEED: i32 = 1;
@@ -34,120 +34,6 @@ const ECONNREFUSED: i32 = 111;
 /// Cgroups deeper than this are opted out through their ancestors only.
 const CGROUP_LEVELS: i32 = 16;
 
-/// How a hook of one address family reads and writes its context.
-pub trait Family {
-    /// The address that the call names, or that answers it.
-    fn addr(ctx: &SockAddrContext) -> Addr;
-    /// Replaces it; `addr` is of this family.
-    fn set_addr(ctx: &SockAddrContext, addr: &Addr);
-    /// The source address of the socket, unspecified when it has none.
-    fn bound(ctx: &SockAddrContext) -> Addr;
-    /// The source address of the datagram, unspecified when the kernel is to choose.
-    fn datagram_source(ctx: &SockAddrContext) -> Addr;
-}
-
-/// Hooks whose names end in 4.
-pub struct V4;
-/// Hooks whose names end in 6.
-pub struct V6;
-
-/// One load, as the verifier wants it from a context: whole words at constant offsets.
-macro_rules! read {
-    ($pointer:expr, $($field:tt)+) => {
-        // SAFETY: a field of the context, or of the socket in it; the kernel translates the load.
-        unsafe { ptr::read_volatile(&raw const (*$pointer).$($field)+) }
-    };
-}
-
-macro_rules! write {
-    ($ctx:expr, $value:expr, $($field:tt)+) => {
-        // SAFETY: a field of the context that this hook may write.
-        unsafe { ptr::write_volatile(&raw mut (*$ctx.sock_addr).$($field)+, $value) }
-    };
-}
-
-impl Family for V4 {
-    #[inline(always)]
-    fn addr(ctx: &SockAddrContext) -> Addr {
-        Addr::from_v4_word(read!(ctx.sock_addr, user_ip4))
-    }
-
-    #[inline(always)]
-    fn set_addr(ctx: &SockAddrContext, addr: &Addr) {
-        write!(ctx, addr.0[3], user_ip4);
-    }
-
-    #[inline(always)]
-    fn bound(ctx: &SockAddrContext) -> Addr {
-        Addr::from_v4_word(read!(sk(ctx), src_ip4))
-    }
-
-    #[inline(always)]
-    fn datagram_source(ctx: &SockAddrContext) -> Addr {
-        Addr::from_v4_word(read!(ctx.sock_addr, msg_src_ip4))
-    }
-}
-
-impl Family for V6 {
-    #[inline(always)]
-    fn addr(ctx: &SockAddrContext) -> Addr {
-        let from = ctx.sock_addr;
-        Addr([
-            read!(from, user_ip6[0]),
-            read!(from, user_ip6[1]),
-            read!(from, user_ip6[2]),
-            read!(from, user_ip6[3]),
-        ])
-    }
-
-    #[inline(always)]
-    fn set_addr(ctx: &SockAddrContext, addr: &Addr) {
-        write!(ctx, addr.0[0], user_ip6[0]);
-        write!(ctx, addr.0[1], user_ip6[1]);
-        write!(ctx, addr.0[2], user_ip6[2]);
-        write!(ctx, addr.0[3], user_ip6[3]);
-    }
-
-    #[inline(always)]
-    fn bound(ctx: &SockAddrContext) -> Addr {
-        let from = sk(ctx);
-        Addr([
-            read!(from, src_ip6[0]),
-            read!(from, src_ip6[1]),
-            read!(from, src_ip6[2]),
-            read!(from, src_ip6[3]),
-        ])
-    }
-
-    #[inline(always)]
-    fn datagram_source(ctx: &SockAddrContext) -> Addr {
-        let from = ctx.sock_addr;
-        Addr([
-            read!(from, msg_src_ip6[0]),
-            read!(from, msg_src_ip6[1]),
-            read!(from, msg_src_ip6[2]),
-            read!(from, msg_src_ip6[3]),
-        ])
-    }
-}
-
-#[inline(always)]
-fn sk(ctx: &SockAddrContext) -> *mut bpf_sock {
-    // SAFETY: `sk` is the member of this union in every hook of ours.
-    unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
-}
-
-#[inline(always)]
-fn port(ctx: &SockAddrContext) -> Be16 {
-    Be16(read!(ctx.sock_addr, user_port) as u16)
-}
-
-#[inline(always)]
-fn rewrite<F: Family>(ctx: &SockAddrContext, addr: &Addr, port: Be16) {
-    F::set_addr(ctx, addr);
-    write!(ctx, u32::from(port.0), user_port);
-}
-
 #[inline(always)]
 fn request<F: Family>(ctx: &SockAddrContext, terms: &Terms, source: Addr, now_ns: u64) -> Request {
     // SAFETY: helpers without preconditions.
@@ -156,7 +42,7 @@ fn request<F: Family>(ctx: &SockAddrContext, terms: &Terms, source: Addr, now_ns
     Request {
         addr: F::addr(ctx),
         port: port(ctx),
-        protocol: read!(ctx.sock_addr, protocol) as u8,
+        protocol: context::protocol(ctx),
         on_host: netns_cookie == terms.netns_cookie,
         from_loopback: source.is_loopback(),
         netns_cookie,
