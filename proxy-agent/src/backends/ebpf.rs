@@ -56,7 +56,8 @@ impl<S: Store> EbpfBackend<S> {
             store,
             ids: Ids::default(),
             known: false,
-            udp_retired: false,
+            // Those of an agent that was killed before it could look for their sockets.
+            udp_retired: true,
         }
     }
 
@@ -75,7 +76,7 @@ impl<S: Store> EbpfBackend<S> {
         self.store
     }
 
-    /// Whether UDP members died since this was asked last: sockets connected to them have to be found and destroyed.
+    /// Whether UDP members died since this was asked last, or may have before the start: sockets connected to them have to be found and destroyed.
     pub fn take_udp_retired(&mut self) -> bool {
         std::mem::take(&mut self.udp_retired)
     }

@@ -88,6 +88,10 @@ fn only_dead_udp_members_call_for_the_socket_killer() {
         draining.backends[0].state.in_cluster = false;
         let new = service("dns", protocol, "10.96.0.10", &[2]);
         let mut backend = fresh(&of(&[&old]));
+        assert!(
+            backend.take_udp_retired(),
+            "an agent before us may have been killed"
+        );
         step(&mut backend, &of(&[&old]), &of(&[&draining]));
         assert!(!backend.take_udp_retired());
         step(&mut backend, &of(&[&draining]), &of(&[&new]));
