@@ -109,7 +109,7 @@ pub const NEEDS: &[Need] = &[
     Need {
         name: "kernel",
         purpose: Purpose::Kernel,
-        why: "has the hooks and helpers of the socket layer since 5.10",
+        why: "has what the socket layer aims at since 6.1",
         probe: Probe::File("/proc/sys/kernel/osrelease", kernel),
         source: Source::Owner("boot a newer kernel"),
     },
@@ -224,11 +224,9 @@ fn kernel(release: &str) -> Result<String, String> {
         .split(|c: char| !c.is_ascii_digit())
         .map(str::parse::<u32>);
     match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (5, 10) => {
-            Ok(release.trim().into())
-        }
+        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (6, 1) => Ok(release.trim().into()),
         (_, _) => Err(format!(
-            "this is {:?}, and 5.10 or newer is needed",
+            "this is {:?}, and 6.1 or newer is needed",
             release.trim()
         )),
     }
@@ -299,9 +297,9 @@ mod tests {
     fn kernels_are_compared_by_number() {
         for (release, new_enough) in [
             ("5.4.0-42-generic", false),
-            ("5.10.0", true),
+            ("6.1.0-18-amd64", true),
             ("6.18.44-fc-v657\n", true),
-            ("5.9", false),
+            ("5.19", false),
             ("", false),
         ] {
             assert_eq!(kernel(release).is_ok(), new_enough, "{release}");
