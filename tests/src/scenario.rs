@@ -24,7 +24,7 @@ pub const UDP: u16 = 53;
 /// Asked this often, each of two endpoints answers, except once in 500 billion times.
 pub const OFTEN: usize = 40;
 /// How long a change of a file may take until the kernel holds it, on a busy machine.
-pub const SOON: Duration = Duration::from_secs(10);
+pub const SOON: Duration = Duration::from_secs(30);
 
 /// A small cluster in which one node has an agent.
 #[derive(Debug)]

@@ -147,7 +147,7 @@ fn make_namespace(netns: &str) -> anyhow::Result<()> {
     place.inside(set_sysctls)?
 }
 
-/// The settings of the current network namespace: a router, addresses usable at once, many client ports.
+/// The settings of the current network namespace: a router, and addresses usable at once.
 fn set_sysctls() -> anyhow::Result<()> {
     let settings = [
         ("ipv4/ip_forward", "1"),
@@ -155,7 +155,6 @@ fn set_sysctls() -> anyhow::Result<()> {
         ("ipv6/conf/default/forwarding", "1"),
         ("ipv6/conf/all/accept_dad", "0"),
         ("ipv6/conf/default/accept_dad", "0"),
-        ("ipv4/ip_local_port_range", "10000 60999"),
     ];
     for (name, value) in settings {
         let path = format!("/proc/sys/net/{name}");

@@ -11,5 +11,6 @@ mod outputs;
 mod policies;
 mod programs_log;
 mod restart;
+mod swap;
 mod topology;
 mod udp;
