@@ -67,9 +67,12 @@ fn with_a_broken_file_at_start_nothing_is_deleted_until_it_is_mended() {
         s.manifests.remove("other")?;
         s.agent.spawn()?;
         s.agent.wait_log("web.yaml")?;
-        s.apply(&s.service("third", 3).endpoint(s.endpoint(&s.far)))?;
+        s.manifests
+            .put(&s.service("third", 3).endpoint(s.endpoint(&s.far)))?;
         let client = s.client.peer()?;
-        reaches(&client, s.vip(3), &["far"])?;
+        wait_for("a new Service is served", SOON, || {
+            reaches(&client, s.vip(3), &["far"])
+        })?;
         reaches(&client, s.vip(1), &["near"])?;
         reaches(&client, s.vip(2), &["far"])?;
         s.manifests.put(&web.endpoint(s.endpoint(&s.far)))?;

@@ -92,7 +92,10 @@ fn a_connected_socket_of_a_removed_endpoint_gets_an_error_at_once() {
         );
         println!("{error} {elapsed:?} after the file was changed");
         // How fast that is, the torture tests measure, which run alone.
-        ensure!(elapsed < Duration::from_secs(1), "{error} after {elapsed:?}");
+        ensure!(
+            elapsed < Duration::from_secs(1),
+            "{error} after {elapsed:?}"
+        );
 
         let again = s.client.peer()?.open_udp_for(to)?;
         again.connect(to)?;
