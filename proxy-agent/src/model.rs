@@ -137,6 +137,14 @@ impl Model {
         }
     }
 
+    /// Whether the source of `update` has delivered before; its first update says nothing of what changed.
+    pub fn is_news(&self, update: &Update) -> bool {
+        match update {
+            Update::Objects(_) => self.has_objects,
+            Update::Addresses(_) => self.has_addresses,
+        }
+    }
+
     /// Whether every source has delivered: before this nothing is written to the kernel.
     pub fn is_synced(&self) -> bool {
         self.has_objects && self.has_addresses

@@ -154,15 +154,14 @@ impl<B: Backend> Layer<B> {
         let Turn {
             mut scope,
             changes,
+            touched,
             synced,
             complete,
             nudged: _,
             stop: _,
         } = turn;
         self.changes += changes;
-        if !complete {
-            self.touch(&scope);
-        }
+        self.touched.merge(touched);
         if !synced {
             self.audit_at = now + AUDIT_EVERY;
             return Due {
@@ -190,14 +189,6 @@ impl<B: Backend> Layer<B> {
         match result {
             Ok(applied) => self.succeeded(now, applied, complete),
             Err(error) => self.failed(now, &error),
-        }
-    }
-
-    /// While a part of the sources is missing, what it would have said is unknown: everything that was found in the
-    /// kernel stays as it is, unless a change has been seen since.
-    fn touch(&mut self, scope: &Scope) {
-        if let Scope::Part(dirty) = scope {
-            self.touched.merge(dirty.clone());
         }
     }
 
@@ -240,6 +231,8 @@ impl<B: Backend> Layer<B> {
         if complete {
             self.touched = Dirty::default();
         } else {
+            // What a missing part of the sources would have said is unknown: everything that was found in the kernel stays
+            // as it is, unless a change has been seen since.
             let Dirty {
                 services,
                 addresses,

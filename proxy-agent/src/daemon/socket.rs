@@ -82,10 +82,18 @@ impl SocketLayer {
 
     /// Takes in an update.
     pub fn update(&self, update: Update) {
-        let (dirty, synced, complete) = {
+        let (is_news, dirty, synced, complete) = {
             let mut model = lock(&self.model);
-            (model.apply(update), model.is_synced(), model.is_complete())
+            (
+                model.is_news(&update),
+                model.apply(update),
+                model.is_synced(),
+                model.is_complete(),
+            )
         };
+        if is_news {
+            self.inbox.touch(&dirty);
+        }
         self.inbox.push(Scope::Part(dirty));
         self.inbox.sources(synced, complete);
     }

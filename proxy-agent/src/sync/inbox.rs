@@ -50,6 +50,8 @@ pub struct Turn {
     pub scope: Scope,
     /// How many changes that were.
     pub changes: i64,
+    /// What was seen to change while [`Turn::complete`] does not hold.
+    pub touched: Dirty,
     /// Every source has delivered its first snapshot.
     pub synced: bool,
     /// Nothing that the sources should hold is missing: deletions are allowed.
@@ -89,6 +91,15 @@ impl Inbox {
         self.pending.inc();
         drop(turn);
         self.wake.notify_one();
+    }
+
+    /// Says that this has changed since its source's first snapshot: it may be brought level even while something else is
+    /// missing.
+    pub fn touch(&self, dirty: &Dirty) {
+        let mut turn = self.lock();
+        if !turn.complete {
+            turn.touched.merge(dirty.clone());
+        }
     }
 
     /// Says how far the sources are. Reaching either milestone asks for everything to be compared.
@@ -160,6 +171,7 @@ impl Turn {
         let Self {
             scope: _,
             changes: _,
+            touched: _,
             synced,
             complete,
             nudged: _,
@@ -168,6 +180,7 @@ impl Turn {
         Self {
             scope: Scope::default(),
             changes: 0,
+            touched: Dirty::default(),
             synced,
             complete,
             nudged: false,
@@ -214,6 +227,21 @@ mod tests {
             panic!("{:?}", turn.scope);
         };
         assert_eq!((services.len(), turn.changes), (2, 2));
+    }
+
+    #[test]
+    fn a_change_before_the_first_sync_counts_as_seen() {
+        let inbox = Inbox::new(Gauge::default());
+        inbox.push(part("a"));
+        inbox.touch(&Dirty {
+            services: [ServiceName::new("default", "b")].into(),
+            addresses: false,
+        });
+        inbox.push(part("b"));
+        inbox.sources(true, false);
+        let turn = inbox.wait(None, Instant::now() + Duration::from_secs(60));
+        assert_eq!(turn.scope, Scope::All);
+        assert_eq!(Scope::Part(turn.touched), part("b"));
     }
 
     #[test]

@@ -91,9 +91,14 @@ fn part(services: &[&str]) -> Scope {
 }
 
 fn turn(scope: Scope, complete: bool) -> Turn {
+    let touched = match &scope {
+        Scope::All => Dirty::default(),
+        Scope::Part(dirty) => dirty.clone(),
+    };
     Turn {
         scope,
         changes: 1,
+        touched,
         synced: true,
         complete,
         nudged: false,
