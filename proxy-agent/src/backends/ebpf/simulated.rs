@@ -165,13 +165,17 @@ impl Simulated {
         }
         write(self);
         self.writes += 1;
+        self.look();
+        if let Some(watcher) = self.watcher.clone() {
+            watcher(self);
+        }
+    }
+
+    fn look(&mut self) {
         if self.checked {
             let mut readers = std::mem::take(&mut self.readers);
             readers.look(self, self.started);
             self.readers = readers;
-        }
-        if let Some(watcher) = self.watcher.clone() {
-            watcher(self);
         }
     }
 
@@ -371,6 +375,8 @@ impl Store for Simulated {
 
     fn start_grace(&mut self) -> u64 {
         self.started += 1;
+        // Whatever can be found now can also be found by a program that this grace period does not wait for.
+        self.look();
         self.started
     }
 

@@ -119,3 +119,121 @@ fn slots(store: &Simulated, word: SetWord) -> Vec<Slot> {
     let range = word.base() as usize..(word.base() + word.count()) as usize;
     store.slots[range].to_vec()
 }
+
+#[cfg(test)]
+mod tests {
+    use proxy_ebpf::{
+        abi::{Addr, Be16, FrontendKey, FrontendValue, kind},
+        lb::Scope,
+    };
+
+    use super::*;
+    use crate::backends::ebpf::store::{Capacity, Store};
+
+    /// A frontend, its service, and a set of slot 0 and member 0.
+    fn serving() -> Simulated {
+        let mut store = Simulated::checked();
+        let room = Capacity {
+            services: 2,
+            slots: 4,
+            members: 4,
+            frontends: 2,
+            vips: 2,
+            addresses: 2,
+        };
+        store.reserve(&room).unwrap();
+        let member = Member {
+            word: MemberWord::new(1, MemberWord::SERVING),
+            ..Member::default()
+        };
+        store.write_member(0, &member);
+        store.write_slots(0, &[slot(1)]);
+        let service = Service {
+            cluster: SetWord::new(0, 1, 1),
+            used: 1,
+            ..Service::default()
+        };
+        store.write_service(0, &service);
+        store.upsert_frontends(&[frontend(0)]).unwrap();
+        store
+    }
+
+    fn slot(generation: u32) -> Slot {
+        Slot {
+            generation,
+            ..Slot::default()
+        }
+    }
+
+    fn frontend(service: u32) -> (FrontendKey, FrontendValue) {
+        let key = FrontendKey::new(Default::default(), Be16::new(80), 6);
+        let value = FrontendValue::new(&key, service, kind::CLUSTER_IP, 0);
+        (key, value)
+    }
+
+    fn empty(store: &mut Simulated) {
+        store.commit_set(0, Scope::Cluster, SetWord::new(0, 0, 2));
+    }
+
+    #[test]
+    #[should_panic(expected = "I1")]
+    fn a_frontend_of_an_unused_service_is_noticed() {
+        let _ = serving().upsert_frontends(&[frontend(1)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "I2")]
+    fn a_slot_that_changes_under_a_late_reader_is_noticed() {
+        let mut store = serving();
+        empty(&mut store);
+        store.write_slots(0, &[slot(2)]);
+    }
+
+    #[test]
+    fn a_slot_may_change_after_the_grace_period() {
+        let mut store = serving();
+        empty(&mut store);
+        let number = store.start_grace();
+        store.wait_grace(number);
+        store.write_slots(0, &[slot(2)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "I2")]
+    fn a_grace_period_that_began_too_early_is_noticed() {
+        let mut store = serving();
+        let number = store.start_grace();
+        empty(&mut store);
+        store.wait_grace(number);
+        store.write_slots(0, &[slot(2)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "I3")]
+    fn a_service_that_is_reclaimed_before_its_frontend_is_noticed() {
+        serving().write_service(0, &Service::default());
+    }
+
+    #[test]
+    #[should_panic(expected = "I4: service")]
+    fn a_service_that_is_reused_at_once_is_noticed() {
+        let mut store = serving();
+        store.delete_frontends(&[frontend(0).0]).unwrap();
+        store.write_service(0, &Service::default());
+    }
+
+    #[test]
+    #[should_panic(expected = "I4: member")]
+    fn a_member_that_is_reused_at_once_is_noticed() {
+        let mut store = serving();
+        empty(&mut store);
+        store.commit_member(0, MemberWord::new(2, 0));
+        store.write_member(0, &Member::default());
+    }
+
+    #[test]
+    #[should_panic(expected = "VIPS")]
+    fn a_vip_without_a_frontend_is_noticed() {
+        let _ = serving().upsert_vips(&[Addr::from_v4_word(9)]);
+    }
+}
