@@ -97,10 +97,16 @@ pub fn probe(bpf_dir: &Path, cgroup: Option<&Path>) -> Report {
         kernel: kernel.trim().to_owned(),
         ..Report::default()
     };
-    if let Some(lacking) = lacking_capabilities() {
+    let capabilities = effective_capabilities();
+    if let Some(lacking) = lacking(capabilities) {
         let text =
             format!("the agent lacks {lacking}; run it as root, or give it these capabilities");
         report.note(Need::Privilege, true, text);
+    } else if !has(capabilities, SYS_ADMIN) {
+        let text = "the agent lacks CAP_SYS_ADMIN and cannot enter network namespaces: connected UDP sockets of pods go \
+                    on to a removed backend until the client notices by itself"
+            .to_owned();
+        report.note(Need::Privilege, false, text);
     }
     if let Err(error) = KernelBtf::read() {
         report.note(Need::KernelBtf, true, error.to_string());
@@ -150,23 +156,33 @@ fn try_programs(report: &mut Report) {
     }
 }
 
-/// Names of the capabilities that this process lacks, if any. `CAP_SYS_ADMIN` stands for CAP_BPF and CAP_PERFMON.
-fn lacking_capabilities() -> Option<String> {
-    const SYS_ADMIN: u32 = 21;
+const SYS_ADMIN: u32 = 21;
+
+fn has(capabilities: u64, bit: u32) -> bool {
+    capabilities >> bit & 1 == 1
+}
+
+/// The mask of this process; zero if it cannot be read.
+fn effective_capabilities() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+/// Names of the capabilities that are missing, if any. CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.
+fn lacking(capabilities: u64) -> Option<String> {
     const WANTED: [(u32, &str, bool); 3] = [
         (12, "CAP_NET_ADMIN", false),
         (38, "CAP_PERFMON", true),
         (39, "CAP_BPF", true),
     ];
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status
-        .lines()
-        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
-        .unwrap_or(0);
-    let has = |bit: u32| mask >> bit & 1 == 1;
     let lacking: Vec<&str> = WANTED
         .iter()
-        .filter(|(bit, _, by_admin)| !(has(*bit) || *by_admin && has(SYS_ADMIN)))
+        .filter(|(bit, _, by_admin)| {
+            !(has(capabilities, *bit) || *by_admin && has(capabilities, SYS_ADMIN))
+        })
         .map(|(_, name, _)| *name)
         .collect();
     (!lacking.is_empty()).then(|| lacking.join(", "))
@@ -238,6 +254,16 @@ pub fn has_set_retval() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn capabilities_that_are_missing_are_named() {
+        assert_eq!(lacking(1 << 12 | 1 << 38 | 1 << 39), None);
+        assert_eq!(lacking(1 << 12 | 1 << SYS_ADMIN), None);
+        assert_eq!(
+            lacking(1 << 39).as_deref(),
+            Some("CAP_NET_ADMIN, CAP_PERFMON")
+        );
+    }
 
     #[test]
     fn the_cgroup_hierarchy_is_found_beside_v1_controllers() {
