@@ -87,8 +87,8 @@ impl Object {
         let broken = |error: &dyn std::fmt::Display| {
             Error::Unusable(format!("the embedded eBPF object cannot be used: {error}"))
         };
-        let kernel = KernelBtf::read()?;
         let mut parsed = aya_obj::Object::parse(object).map_err(|error| broken(&error))?;
+        let kernel = KernelBtf::read()?;
         patch_globals(&mut parsed, constants, &kernel).map_err(|error| broken(&error))?;
         let features = aya::features().btf();
         let btf = match features.map(|features| parsed.fixup_and_sanitize_btf(features)) {
@@ -387,3 +387,6 @@ fn patch_globals(
     }
     object.patch_map_data(globals)
 }
+
+#[cfg(test)]
+mod tests;

@@ -622,3 +622,36 @@ fn without_memory_for_larger_maps_all_is_as_it_was() {
         .unwrap();
     assert_filled(&store);
 }
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn a_refused_program_is_told_with_the_verifiers_words_and_the_old_ones_stay() {
+    let node = Node::new();
+    let mut store = node.published();
+    let links = node.links();
+    let mut object = Object::embedded(store.constants).unwrap();
+    object.spoil(Hook::SendMsg6);
+    let error = store.move_hooks(&object).unwrap_err().to_string();
+    assert!(
+        error.starts_with("the kernel refuses program sendmsg6"),
+        "{error}"
+    );
+    assert!(error.contains("R9 !read_ok"), "{error}");
+    assert!(try_load(&object).is_err(), "found at the start already");
+    assert_eq!(node.links(), links);
+    assert_filled(&store);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn an_iterator_that_the_kernel_refuses_is_left_out_with_the_reason() {
+    let node = Node::new();
+    let mut store = node.published();
+    let mut object = Object::embedded(store.constants).unwrap();
+    object.spoil(Hook::KillDead);
+    store.move_hooks(&object).unwrap();
+    let left_out = store.left_out();
+    assert_eq!(left_out.len(), 1, "{left_out:#?}");
+    assert_eq!(left_out[0].program, "kill_dead");
+    assert!(left_out[0].reason.contains("R9 !read_ok"), "{left_out:#?}");
+}
