@@ -4,6 +4,9 @@
 //! reads the kernel and plans everything again. Now and then it reads the kernel anyway and repairs what drifted.
 //! Nothing is written before every source has delivered its first snapshot, nothing is deleted while a source lacks a
 //! part of what it should hold.
+//!
+//! An object is gone only when its source says so; here nothing is concluded from silence. The Kubernetes API as a source
+//! has to keep that up: a lost watch must not empty `default/kubernetes`, through which it would be mended.
 
 use std::{
     collections::BTreeMap,
