@@ -75,6 +75,13 @@ impl PinnedMaps {
     /// # Errors
     /// There is none, or it cannot be read.
     pub fn open(bpf_dir: &Path) -> Result<Self, Error> {
+        // A swap may remove the generation while it is being opened; the next one is complete by then.
+        Self::open_once(bpf_dir)
+            .or_else(|_| Self::open_once(bpf_dir))
+            .or_else(|_| Self::open_once(bpf_dir))
+    }
+
+    fn open_once(bpf_dir: &Path) -> Result<Self, Error> {
         let dir = Directory::look(bpf_dir)?;
         let (_, fds) = kernel::newest_complete(&dir)?;
         Ok(Self {

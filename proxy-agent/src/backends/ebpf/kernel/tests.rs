@@ -655,3 +655,31 @@ fn an_iterator_that_the_kernel_refuses_is_left_out_with_the_reason() {
     assert_eq!(left_out[0].program, "kill_dead");
     assert!(left_out[0].reason.contains("R9 !read_ok"), "{left_out:#?}");
 }
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn the_maps_can_be_read_while_generations_are_swapped() {
+    let node = Node::new();
+    let mut store = node.published();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut read = 0;
+            while !done.load(std::sync::atomic::Ordering::Relaxed) || read == 0 {
+                assert_eq!(node.view().frontends().unwrap().len(), 1);
+                read += 1;
+            }
+        });
+        let swapped = (1..=5).try_for_each(|swap| {
+            let need = Capacity {
+                vips: 1024 << swap,
+                ..store.capacity()
+            };
+            store.reserve(&need)
+        });
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        reader.join().unwrap();
+        swapped.unwrap();
+    });
+    assert_eq!(store.generation(), 6);
+}
