@@ -78,6 +78,7 @@ impl KernelStore {
             lease,
             log,
         } = options;
+        probe::check_privileges()?;
         let constants = Constants {
             can_refuse: probe::has_set_retval(),
             log,

@@ -97,12 +97,9 @@ pub fn probe(bpf_dir: &Path, cgroup: Option<&Path>) -> Report {
         kernel: kernel.trim().to_owned(),
         ..Report::default()
     };
-    let capabilities = effective_capabilities();
-    if let Some(lacking) = lacking(capabilities) {
-        let text =
-            format!("the agent lacks {lacking}; run it as root, or give it these capabilities");
-        report.note(Need::Privilege, true, text);
-    } else if !has(capabilities, SYS_ADMIN) {
+    if let Err(error) = check_privileges() {
+        report.note(Need::Privilege, true, error.to_string());
+    } else if !has(effective_capabilities(), SYS_ADMIN) {
         let text = "the agent lacks CAP_SYS_ADMIN and cannot enter network namespaces: connected UDP sockets of pods go \
                     on to a removed backend until the client notices by itself"
             .to_owned();
@@ -169,6 +166,18 @@ fn effective_capabilities() -> u64 {
         .lines()
         .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
         .unwrap_or(0)
+}
+
+/// Whether this process may load and attach programs at all.
+///
+/// # Errors
+/// What it lacks.
+pub fn check_privileges() -> Result<(), Error> {
+    lacking(effective_capabilities()).map_or(Ok(()), |lacking| {
+        Err(Error::Unusable(format!(
+            "the agent lacks {lacking}; run it as root, or give it these capabilities"
+        )))
+    })
 }
 
 /// Names of the capabilities that are missing, if any. CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.
