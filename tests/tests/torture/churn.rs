@@ -176,11 +176,15 @@ impl Churn {
         };
         let report = load.stop()?;
         let records = Record::read_all(&self.records)?;
-        let wrong: Vec<String> = records
+        let wrong: Vec<_> = records
             .iter()
-            .filter_map(|record| self.timeline.judge(record))
+            .filter(|one| !self.timeline.allows(one))
             .collect();
-        let shown: Vec<_> = wrong.iter().take(20).collect();
+        let complaints = wrong
+            .iter()
+            .take(20)
+            .map(|one| self.timeline.complaint(one));
+        let shown: Vec<String> = complaints.collect();
         ensure!(
             wrong.is_empty() && report.failed == 0,
             "of {} connections {} failed: {:#?}, and {} had a wrong answer: {shown:#?}",

@@ -72,44 +72,63 @@ impl Timeline {
         self.0.len()
     }
 
-    /// Why an answer was wrong; none if it was right. Which Service has an address and which endpoints a Service has are
-    /// two facts, and either may be as old as the grace: they do not change in one step in the kernel.
-    pub fn judge(&self, record: &Record) -> Option<String> {
-        let target = usize::try_from(record.target).ok()?;
-        // Rounds begin in order; those that began after the answer cannot matter.
-        let began = self
-            .0
-            .partition_point(|round| round.from_ns <= record.end_ns);
-        let late = |round: &Round| record.start_ns.saturating_sub(round.until_ns);
-        let recent = || {
-            self.0
-                .iter()
-                .take(began)
-                .rev()
-                .take_while(|round| late(round) <= GRACE_NS)
-        };
-        let owners: BTreeSet<_> = recent()
-            .filter_map(|round| round.truth.owner.get(target))
+    /// Whether an answer was right. Which Service has an address and which endpoints a Service has are two facts, and
+    /// either may be as old as the grace: they do not change in one step in the kernel.
+    pub fn allows(&self, record: &Record) -> bool {
+        let member = |round: &Round, owner| is_member(round, owner, record);
+        let both = |round: &Round| owner(round, record).is_some_and(|owner| member(round, owner));
+        self.recent(record).any(both)
+            || self.recent(record).any(|round| {
+                let owner = owner(round, record);
+                owner.is_some_and(|owner| self.recent(record).any(|round| member(round, owner)))
+            })
+    }
+
+    /// Why an answer was wrong.
+    pub fn complaint(&self, record: &Record) -> String {
+        let owners: BTreeSet<_> = self
+            .recent(record)
+            .filter_map(|round| owner(round, record))
             .collect();
-        let is_member = |round: &Round, service: usize| {
-            let members = round.truth.members.get(service);
-            members.is_some_and(|members| members.contains(&record.identity))
-        };
-        if owners
-            .iter()
-            .any(|&&owner| recent().any(|round| is_member(round, owner)))
-        {
-            return None;
-        }
+        let belonged = |round: &&Round| owners.iter().any(|&owner| is_member(round, owner, record));
+        let last = self.0.iter().take(self.began(record)).rev().find(belonged);
         let who = String::from_utf8_lossy(&record.identity);
-        let who = who.trim_end_matches('\0');
-        let mut earlier = self.0.iter().take(began).rev();
-        let last = earlier.find(|round| owners.iter().any(|&&owner| is_member(round, owner)));
-        Some(match last.map(|round| late(round) / 1_000_000) {
+        let (who, target) = (who.trim_end_matches('\0'), record.target);
+        match last.map(|round| late_ns(round, record) / 1_000_000) {
             Some(late) => format!("{who} answered target {target} {late} ms after it was removed"),
             None => format!("{who} answered target {target} of {owners:?}"),
-        })
+        }
     }
+
+    /// Rounds that may have been true while the answer was on its way, the latest first.
+    fn recent(&self, record: &Record) -> impl Iterator<Item = &Round> {
+        let rounds = self.0.iter().take(self.began(record)).rev();
+        rounds.take_while(|round| late_ns(round, record) <= GRACE_NS)
+    }
+
+    /// Rounds begin in order; those that began after the answer cannot matter.
+    fn began(&self, record: &Record) -> usize {
+        self.0
+            .partition_point(|round| round.from_ns <= record.end_ns)
+    }
+}
+
+/// How long a round had been over when the connection began.
+fn late_ns(round: &Round, record: &Record) -> u64 {
+    record.start_ns.saturating_sub(round.until_ns)
+}
+
+fn owner(round: &Round, record: &Record) -> Option<usize> {
+    round
+        .truth
+        .owner
+        .get(usize::try_from(record.target).ok()?)
+        .copied()
+}
+
+fn is_member(round: &Round, service: usize, record: &Record) -> bool {
+    let members = round.truth.members.get(service);
+    members.is_some_and(|members| members.contains(&record.identity))
 }
 
 #[cfg(test)]
@@ -133,10 +152,10 @@ mod tests {
             target: 0,
             identity: Record::identity_of(name),
         };
-        assert_eq!(timeline.judge(&record(end + GRACE_NS, "a")), None);
-        assert_eq!(timeline.judge(&record(end + GRACE_NS, "b")), None);
-        assert!(timeline.judge(&record(end + GRACE_NS + 1, "a")).is_some());
-        assert!(timeline.judge(&record(end, "c")).is_some());
-        assert!(timeline.judge(&record(0, "b")).is_some());
+        assert!(timeline.allows(&record(end + GRACE_NS, "a")));
+        assert!(timeline.allows(&record(end + GRACE_NS, "b")));
+        assert!(!timeline.allows(&record(end + GRACE_NS + 1, "a")));
+        assert!(!timeline.allows(&record(end, "c")));
+        assert!(!timeline.allows(&record(0, "b")));
     }
 }
