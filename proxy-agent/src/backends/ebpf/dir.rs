@@ -20,6 +20,9 @@ use crate::backends::Error;
 /// `BPF_FS_MAGIC`, `include/uapi/linux/magic.h`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
+/// Ends the name of a pin that is about to take another one's place.
+pub const BESIDE: &str = "_new";
+
 /// The directory of pins.
 pub struct Directory {
     path: PathBuf,
@@ -73,13 +76,21 @@ impl Directory {
         &self.path
     }
 
-    /// Directory of the pinned links, made if need be.
+    /// Directory of the pinned links, made if need be. A link that an agent died over before it had its place is
+    /// unpinned: it would run its program beside the one in place.
     ///
     /// # Errors
     /// The kernel refused.
     pub fn links(&self) -> Result<PathBuf, Error> {
         let path = self.path.join("links");
-        fs::create_dir_all(&path).map_err(|error| refused("create", path.display(), error))?;
+        let failed = |error| refused("create", path.display(), error);
+        fs::create_dir_all(&path).map_err(failed)?;
+        for entry in fs::read_dir(&path).map_err(failed)? {
+            let pin = entry.map_err(failed)?.path();
+            if pin.to_string_lossy().ends_with(BESIDE) {
+                fs::remove_file(&pin).map_err(|error| refused("remove", pin.display(), error))?;
+            }
+        }
         Ok(path)
     }
 
@@ -241,7 +252,7 @@ pub fn pin_over(path: &Path, object: impl AsFd) -> Result<(), Error> {
         result => return result.map_err(failed),
     }
     let mut beside = path.as_os_str().to_owned();
-    beside.push("_new");
+    beside.push(BESIDE);
     let beside = PathBuf::from(beside);
     match fs::remove_file(&beside) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),

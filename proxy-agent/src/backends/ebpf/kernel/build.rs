@@ -8,7 +8,7 @@ use proxy_ebpf::abi::{
 
 use super::{
     super::{
-        dir::{Directory, Generation},
+        dir::{BESIDE, Directory, Generation},
         links::Hook,
         load::Object,
         maps::{Array, Hash},
@@ -190,6 +190,7 @@ pub fn remove(generation: &Generation, object: &Object) -> Result<(), Error> {
 
 /// Whether what is pinned as `pin` was put there by an agent.
 fn is_ours(generation: &Generation, object: &Object, pin: &str, fd: &OwnedFd) -> bool {
+    let pin = pin.strip_suffix(BESIDE).unwrap_or(pin);
     match sys::kind_of(fd.as_fd()) {
         Ok(sys::Kind::Map) => {
             let Ok(info) = sys::map_info(fd) else {

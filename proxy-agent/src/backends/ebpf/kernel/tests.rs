@@ -563,7 +563,9 @@ fn maps_of_another_abi_are_carried_over_with_their_ids() {
 fn a_hook_that_somebody_unpinned_is_attached_again() {
     let node = Node::new();
     drop(node.published());
-    fs::remove_file(node.bpf_dir.join("links/connect4")).unwrap();
+    let pin = |name: &str| node.bpf_dir.join("links").join(name);
+    // As if an agent had died between making the link and giving it its place.
+    fs::rename(pin("connect4"), pin("connect4_new")).unwrap();
     let before = node.links();
     let mut store = node.open().unwrap();
     store.publish().unwrap();
@@ -571,6 +573,7 @@ fn a_hook_that_somebody_unpinned_is_attached_again() {
         (before.len(), node.links().len()),
         (Hook::ALL.len() - 1, Hook::ALL.len())
     );
+    assert!(!pin("connect4_new").exists());
 }
 
 #[test]
