@@ -242,6 +242,18 @@ fn impossible(s: &Scenario) -> Vec<(&'static str, String, &'static str)> {
             "80",
         ),
         (
+            "family",
+            format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+                metadata: {{name: bad, namespace: default, labels: {{kubernetes.io/service-name: web}}}}\n\
+                addressType: {}\nports: [{{name: http, port: 80}}]\n\
+                endpoints: [{{addresses: ['{}']}}]\n",
+                if s.v6 { "IPv4" } else { "IPv6" },
+                s.far.address(s.v6),
+            ),
+            "address",
+        ),
+        (
             "long",
             yaml(&format!(
                 "{{clusterIP: '{vip}', ports: [{{name: {long}, port: 80}}]}}"
