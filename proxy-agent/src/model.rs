@@ -83,13 +83,13 @@ impl Dirty {
         self.services.is_empty() && !self.addresses
     }
 
-    /// Adds what another update touched.
+    /// Adds what another update touched. `BTreeSet::append` would rebuild the whole set for each of many small ones.
     pub fn merge(&mut self, other: Self) {
         let Self {
-            mut services,
+            services,
             addresses,
         } = other;
-        self.services.append(&mut services);
+        self.services.extend(services);
         self.addresses |= addresses;
     }
 }
