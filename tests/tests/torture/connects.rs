@@ -95,11 +95,14 @@ fn no_connection_fails_in_twenty_generation_swaps() {
         for _ in 0..20 {
             // A map that is not where it should be makes the next start build a new generation.
             churn.churn(Duration::from_millis(300), PAUSE)?;
+            let before = generations(churn)?;
             churn.kill()?;
             remove_one_map(churn)?;
             churn.agent.spawn()?;
             churn.agent.wait_ready()?;
             churn.caught_up();
+            let after = generations(churn)?;
+            ensure!(after != before, "no new generation: {before:?}");
             capacities.push(capacity(churn, "MEMBERS")?);
         }
         let constant = capacities
@@ -114,7 +117,9 @@ fn no_connection_fails_in_twenty_generation_swaps() {
 fn generations(churn: &Churn) -> anyhow::Result<Vec<String>> {
     let entries = std::fs::read_dir(churn.node.bpf_dir())?;
     let name = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
-    Ok(entries.flatten().map(name).collect())
+    let mut names: Vec<_> = entries.flatten().map(name).collect();
+    names.sort();
+    Ok(names)
 }
 
 fn capacity(churn: &Churn, map: &str) -> anyhow::Result<Option<u64>> {
