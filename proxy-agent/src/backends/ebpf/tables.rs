@@ -87,6 +87,15 @@ impl Tables {
     pub fn meta(&self) -> Meta {
         self.meta.read(0)
     }
+
+    /// All of VIPS: its keys, the values say nothing.
+    ///
+    /// # Errors
+    /// The kernel could not be read.
+    pub fn vip_addresses(&self) -> Result<Vec<Addr>, Error> {
+        let entries = self.vips.entries()?;
+        Ok(entries.into_iter().map(|(address, _)| address).collect())
+    }
 }
 
 /// A handle of its own to the map called `name`.

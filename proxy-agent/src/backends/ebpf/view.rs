@@ -130,13 +130,7 @@ impl PinnedMaps {
     /// # Errors
     /// As above.
     pub fn vips(&self) -> Result<Vec<Addr>, Error> {
-        Ok(self
-            .tables
-            .vips
-            .entries()?
-            .into_iter()
-            .map(|(address, _)| address)
-            .collect())
+        self.tables.vip_addresses()
     }
 
     /// All of LOCAL_ADDRS.

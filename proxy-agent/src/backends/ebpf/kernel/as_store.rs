@@ -112,13 +112,7 @@ impl Store for KernelStore {
         let Some(current) = &self.current else {
             return Ok(Vec::new());
         };
-        Ok(current
-            .tables
-            .vips
-            .entries()?
-            .into_iter()
-            .map(|(address, _)| address)
-            .collect())
+        current.tables.vip_addresses()
     }
 
     fn addresses(&self) -> Result<Vec<(Addr, u32)>, Error> {
