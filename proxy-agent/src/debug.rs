@@ -60,7 +60,7 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
         cli::Table::Services => show(&dump::services(&contents), output)?,
         cli::Table::Backends => show(&dump::backends(&contents), output)?,
         cli::Table::Sockets => {
-            contents.sockets = maps.sockets()?;
+            contents.sockets = read::sockets(&maps)?;
             contents.peers = maps.peers()?;
             show(&dump::sockets(&contents, now_ns), output)?;
         }

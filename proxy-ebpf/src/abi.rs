@@ -25,8 +25,7 @@ mod sockets;
 pub use addr::{Addr, Be16};
 pub use counters::{REASONS, Reason, Stats};
 pub use sockets::{
-    AffinityKey, AffinityValue, DeadSocket, Peer, PeerKey, SOCKET_PEERS, Socket, SocketRecord,
-    peer_flags,
+    AffinityKey, AffinityValue, Peer, PeerKey, SOCKET_PEERS, Socket, SocketRecord, peer_flags,
 };
 
 /// Version of the layout of the maps below.

@@ -1,9 +1,10 @@
-//! Iterators over sockets: `dump sockets`, and connected UDP sockets whose backend is gone.
+//! Iterators over the sockets of one network namespace, the opener's: `dump sockets`, and the end of connected UDP sockets
+//! whose backend is gone.
 //!
 //! No hook runs on `send()` of a connected socket, so it is destroyed when its backend no longer serves: the client gets an
-//! error and connects again. `iter/udp` may destroy, but sees the network namespace of its opener only;
-//! `iter/bpf_sk_storage_map` sees all, but may only list ("R1 must be referenced or trusted", v6.18). So the agent lists
-//! the victims by the one and enters their namespaces for the other.
+//! error and connects again. The agent enters each namespace of the node for it. An iterator over the storage map would see
+//! all namespaces at once, but may not destroy ("R1 must be referenced or trusted", v6.18), and locked-down kernels refuse
+//! to load it.
 
 use core::{ffi::c_void, mem, ptr};
 
@@ -12,7 +13,7 @@ use aya_ebpf::{
     bindings::seq_file,
     helpers::{bpf_get_socket_cookie, bpf_probe_read_kernel, bpf_seq_write},
 };
-use proxy_ebpf::abi::{Addr, Be16, DeadSocket, Peer, Reason, Socket};
+use proxy_ebpf::abi::{Addr, Be16, Peer, Reason};
 
 use crate::maps::{self, Maps};
 
@@ -40,85 +41,48 @@ pub struct Meta {
     seq: *mut seq_file,
 }
 
-/// `struct bpf_iter__bpf_sk_storage_map`.
+/// What `struct bpf_iter__tcp` and `struct bpf_iter__udp` begin with.
 #[repr(C)]
-pub struct StorageContext {
-    meta: *mut Meta,
-    map: *mut c_void,
-    sk: *mut c_void,
-    value: *mut Socket,
-}
-
-/// `struct bpf_iter__udp`.
-#[repr(C)]
-pub struct UdpContext {
+pub struct SocketContext {
     meta: *mut Meta,
     sk: *mut c_void,
-    uid: u32,
-    bucket: i32,
 }
 
-/// What an element of the storage map is.
-struct Element {
-    seq: *mut seq_file,
-    sk: *mut c_void,
-    value: &'static Socket,
-}
-
-/// None after the last one, when the kernel calls once more.
+/// The socket; null after the last one, when the kernel calls once more.
 #[inline(always)]
-fn element(ctx: *const StorageContext) -> Option<Element> {
-    // SAFETY: the kernel's context, read field by field as the verifier wants it; the value is live while it is shown. A
-    // hook may write it at the same time: a torn reading lists a socket too much or too little, once.
-    unsafe {
-        let sk = ptr::read_volatile(&raw const (*ctx).sk);
-        let value = ptr::read_volatile(&raw const (*ctx).value);
-        if sk.is_null() || value.is_null() {
-            return None;
-        }
-        let meta = ptr::read_volatile(&raw const (*ctx).meta);
-        let seq = ptr::read_volatile(&raw const (*meta).seq);
-        let value = &*value;
-        Some(Element { seq, sk, value })
+fn socket(ctx: *const SocketContext) -> *mut c_void {
+    // SAFETY: the kernel's context, read field by field as the verifier wants it.
+    unsafe { ptr::read_volatile(&raw const (*ctx).sk) }
+}
+
+/// Writes `cookie`, then the whole [`Socket`], for each translated socket: [`proxy_ebpf::abi::SocketRecord`].
+#[inline(always)]
+pub fn list(ctx: *const SocketContext) -> i32 {
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return 0;
     }
-}
-
-/// Writes `cookie`, then the whole [`Socket`], for each socket: [`proxy_ebpf::abi::SocketRecord`].
-#[inline(always)]
-pub fn list_sockets(ctx: *const StorageContext) -> i32 {
-    let Some(Element { seq, sk, value }) = element(ctx) else {
+    // SAFETY: `sk` is not null. The helper has nothing for what is no full socket, a handshake or TIME_WAIT.
+    let Some(value) = (unsafe { maps::socket_of(sk) }) else {
         return 0;
     };
-    // SAFETY: `sk` is not null.
-    let cookie = unsafe { bpf_get_socket_cookie(sk) };
+    // SAFETY: the kernel's context, and `sk` is not null.
+    let (seq, cookie) = unsafe {
+        let meta = ptr::read_volatile(&raw const (*ctx).meta);
+        (
+            ptr::read_volatile(&raw const (*meta).seq),
+            bpf_get_socket_cookie(sk),
+        )
+    };
     emit(seq, &cookie);
     emit(seq, value);
     0
 }
 
-/// Writes a [`DeadSocket`] for each connected UDP socket whose backend no longer serves.
+/// Destroys connected UDP sockets whose backend no longer serves.
 #[inline(always)]
-pub fn list_dead(ctx: *const StorageContext) -> i32 {
-    let Some(Element { seq, sk, value }) = element(ctx) else {
-        return 0;
-    };
-    let peer = &value.peers[0];
-    if peer.is_dead(&Maps) && is_connected_to(sk, peer) {
-        let dead = DeadSocket {
-            netns_cookie: value.netns_cookie,
-            // SAFETY: `sk` is not null.
-            cookie: unsafe { bpf_get_socket_cookie(sk) },
-        };
-        emit(seq, &dead);
-    }
-    0
-}
-
-/// Destroys the same sockets in the opener's network namespace.
-#[inline(always)]
-pub fn kill_dead(ctx: *const UdpContext) -> i32 {
-    // SAFETY: the kernel's context.
-    let sk = unsafe { ptr::read_volatile(&raw const (*ctx).sk) };
+pub fn kill_dead(ctx: *const SocketContext) -> i32 {
+    let sk = socket(ctx);
     if sk.is_null() {
         return 0;
     }

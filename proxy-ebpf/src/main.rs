@@ -32,19 +32,19 @@ hooks! {
 }
 
 macro_rules! iterators {
-    ($($name:ident($context:ident) in $section:literal;)*) => {$(
+    ($($name:ident = $body:ident in $section:literal;)*) => {$(
         #[unsafe(no_mangle)]
         #[unsafe(link_section = $section)]
-        extern "C" fn $name(ctx: *const iter::$context) -> i32 {
-            iter::$name(ctx)
+        extern "C" fn $name(ctx: *const iter::SocketContext) -> i32 {
+            iter::$body(ctx)
         }
     )*};
 }
 
 iterators! {
-    list_sockets(StorageContext) in "iter/bpf_sk_storage_map";
-    list_dead(StorageContext) in "iter/bpf_sk_storage_map";
-    kill_dead(UdpContext) in "iter/udp";
+    list_tcp = list in "iter/tcp";
+    list_udp = list in "iter/udp";
+    kill_dead = kill_dead in "iter/udp";
 }
 
 /// The kernel functions used here are GPL-only, some of them.

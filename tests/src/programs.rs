@@ -27,8 +27,8 @@ use proxy_agent::backends::ebpf::{
 };
 use proxy_ebpf::{
     abi::{
-        ABI_VERSION, Addr, Be16, DeadSocket, FrontendKey, FrontendValue, Member, MemberWord, Meta,
-        Plain, Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats, kind, meta_flags,
+        ABI_VERSION, Addr, Be16, FrontendKey, FrontendValue, Member, MemberWord, Meta, Plain,
+        Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats, kind, meta_flags,
     },
     lb::Scope,
 };
@@ -327,14 +327,11 @@ impl Programs {
             .collect())
     }
 
-    /// Output of the iterator `list_sockets`.
+    /// Output of the iterators `list_tcp` and `list_udp` in the network namespace of the calling thread.
     pub fn list_sockets(&self) -> anyhow::Result<Vec<SocketRecord>> {
-        self.iterate(Hook::ListSockets)
-    }
-
-    /// Output of the iterator `list_dead`.
-    pub fn list_dead(&self) -> anyhow::Result<Vec<DeadSocket>> {
-        self.iterate(Hook::ListDead)
+        let mut records = self.iterate(Hook::ListTcp)?;
+        records.extend(self.iterate::<SocketRecord>(Hook::ListUdp)?);
+        Ok(records)
     }
 
     /// Runs the iterator `kill_dead` in the network namespace of the calling thread.
@@ -347,15 +344,7 @@ impl Programs {
     fn iterate<T: Plain>(&self, hook: Hook) -> anyhow::Result<Vec<T>> {
         let missing = || format!("{}: {:?}", hook.name(), self.loaded.left_out);
         let program = self.loaded.programs.get(&hook).with_context(missing)?;
-        let sockets = self.fds.get("SOCKETS").context("no map SOCKETS")?;
-        let over = matches!(
-            hook.place(),
-            Place::Iterator {
-                over_sockets: true,
-                ..
-            }
-        );
-        let link = sys::iter_link(program, over.then(|| std::os::fd::AsFd::as_fd(sockets)))?;
+        let link = sys::iter_link(program)?;
         let mut bytes = Vec::new();
         sys::iter_file(link)?.read_to_end(&mut bytes)?;
         let records = bytes.chunks_exact(size_of::<T>());

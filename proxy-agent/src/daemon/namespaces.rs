@@ -1,7 +1,7 @@
 //! Network namespaces of this node: where they are, their cookies, and how to do something inside one.
 
 use std::{
-    collections::HashMap,
+    collections::HashSet,
     fs::{self, File},
     io,
     net::UdpSocket,
@@ -58,42 +58,33 @@ pub fn own_cookie() -> io::Result<u64> {
     sys::netns_cookie(&socket)
 }
 
-/// Which namespace has which cookie, as found so far. Cookies are never used twice.
-#[derive(Debug, Default)]
-pub struct Cookies {
-    /// A process may have left the namespace meanwhile, so a hit is verified.
-    known: HashMap<u64, PathBuf>,
+/// Every network namespace that has a name or a process, each once.
+pub fn all() -> Vec<PathBuf> {
+    let mut seen = HashSet::new();
+    let mut found: Vec<PathBuf> = named().into_iter().chain(of_processes()).collect();
+    // Many processes share a namespace.
+    found.retain(|path| {
+        fs::metadata(path).is_ok_and(|metadata| seen.insert((metadata.dev(), metadata.ino())))
+    });
+    found
 }
 
-impl Cookies {
-    /// Where the namespace with this cookie can be entered; none if it is gone or hidden.
-    pub fn find(&mut self, cookie: u64) -> Option<PathBuf> {
-        if let Some(path) = self.known.get(&cookie)
-            && inside(path, own_cookie).is_ok_and(|found| found == cookie)
-        {
-            return Some(path.clone());
-        }
-        self.known.clear();
-        let mut seen = Vec::new();
-        for path in named().into_iter().chain(of_processes()) {
-            // Many processes share a namespace: each is entered once.
-            let Ok(metadata) = fs::metadata(&path) else {
-                continue;
-            };
-            let identity = (metadata.dev(), metadata.ino());
-            if seen.contains(&identity) {
-                continue;
-            }
-            seen.push(identity);
-            if let Ok(found) = inside(&path, own_cookie) {
-                self.known.insert(found, path);
-            }
-            if self.known.contains_key(&cookie) {
-                break;
-            }
-        }
-        self.known.get(&cookie).cloned()
-    }
+/// Runs `work` in each of these network namespaces, one after the other, on one thread of its own.
+pub fn visit<T: Send>(
+    paths: &[PathBuf],
+    work: impl Fn() -> io::Result<T> + Sync,
+) -> Vec<io::Result<T>> {
+    let enter = |path: &PathBuf| {
+        setns(File::open(path)?, CloneFlags::CLONE_NEWNET)?;
+        work()
+    };
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| paths.iter().map(enter).collect());
+        thread.join().unwrap_or_else(|_| {
+            let ended = |_| Err(io::Error::other("the thread inside ended early"));
+            paths.iter().map(ended).collect()
+        })
+    })
 }
 
 #[cfg(test)]
@@ -102,9 +93,27 @@ mod tests {
 
     #[test]
     #[ignore = "needs CAP_SYS_ADMIN"]
-    fn the_own_namespace_is_found_by_its_cookie() {
+    fn the_own_namespace_is_among_all_and_can_be_visited() {
         let cookie = own_cookie().unwrap();
-        let path = Cookies::default().find(cookie).unwrap();
-        assert_eq!(inside(&path, own_cookie).unwrap(), cookie);
+        let all = all();
+        let cookies = visit(&all, own_cookie);
+        assert_eq!(cookies.len(), all.len());
+        let own = cookies.iter().flatten().filter(|found| **found == cookie);
+        assert_eq!(own.count(), 1, "{all:?}");
+        assert_eq!(
+            own_cookie().unwrap(),
+            cookie,
+            "this thread stays where it is"
+        );
+    }
+
+    #[test]
+    fn a_namespace_that_is_gone_is_told_apart() {
+        let gone = [PathBuf::from("/proc/self/ns/no-such-namespace")];
+        let results = visit(&gone, own_cookie);
+        assert_eq!(
+            results[0].as_ref().unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
     }
 }

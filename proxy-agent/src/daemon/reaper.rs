@@ -1,7 +1,7 @@
 //! Ends connected UDP sockets whose backend is gone: `send()` runs no hook, so only an error makes the client connect again.
 //!
-//! One iterator lists them over all namespaces but may not destroy; the one that may sees only the network namespace of
-//! whoever opens it. So the listed namespaces are entered one by one.
+//! The iterator that may destroy sees only the network namespace of whoever opens it, so all of the node's are entered one
+//! after the other: 10 ms for 250 of them (v6.18).
 
 use std::{
     collections::BTreeSet,
@@ -12,10 +12,8 @@ use std::{
     time::Duration,
 };
 
-use proxy_ebpf::abi::DeadSocket;
-
-use super::namespaces::{self, Cookies};
-use crate::backends::ebpf::{links::Hook, sys};
+use super::namespaces;
+use crate::backends::ebpf::links::Hook;
 
 /// A socket that chose its backend just before that one went is listed a moment later: look again.
 const AGAIN: Duration = Duration::from_millis(40);
@@ -25,7 +23,7 @@ const AGAIN: Duration = Duration::from_millis(40);
 pub struct Reaper(SyncSender<()>);
 
 impl Reaper {
-    /// Starts the thread that ends them, through the pinned iterators in `links`; it ends with the last handle.
+    /// Starts the thread that ends them, through the pinned iterator in `links`; it ends with the last handle.
     ///
     /// # Errors
     /// There is no thread to be had.
@@ -49,15 +47,14 @@ impl Reaper {
 }
 
 fn run(links: &Path, asked: &Receiver<()>) {
-    let mut cookies = Cookies::default();
     let mut hidden = BTreeSet::new();
     while asked.recv().is_ok() {
         loop {
-            reap(links, &mut cookies, &mut hidden);
+            reap(links, &mut hidden);
             match asked.recv_timeout(AGAIN) {
                 Ok(()) => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    reap(links, &mut cookies, &mut hidden);
+                    reap(links, &mut hidden);
                     break;
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -67,40 +64,24 @@ fn run(links: &Path, asked: &Receiver<()>) {
 }
 
 /// One round. `hidden` are the namespaces that could not be entered, each told once.
-fn reap(links: &Path, cookies: &mut Cookies, hidden: &mut BTreeSet<u64>) {
-    let dead = match list(links) {
-        Ok(dead) => dead,
-        // Kernels that lack the iterator were told of when the programs were loaded.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-        Err(error) => {
-            return tracing::warn!(%error, "cannot list connected UDP sockets of dead backends");
-        }
-    };
-    let namespaces: BTreeSet<u64> = dead.iter().map(|socket| socket.netns_cookie).collect();
-    for cookie in namespaces {
-        let killed = match cookies.find(cookie) {
-            Some(path) => namespaces::inside(&path, || kill(links)),
-            None => Err(io::Error::from(io::ErrorKind::NotFound)),
-        };
-        match killed {
-            Ok(()) => tracing::debug!(netns = cookie, "ended UDP sockets of dead backends"),
-            Err(error) if hidden.insert(cookie) => {
-                tracing::warn!(netns = cookie, %error, "cannot end UDP sockets of dead backends in a network namespace: it takes CAP_SYS_ADMIN and the host's process ids");
+fn reap(links: &Path, hidden: &mut BTreeSet<PathBuf>) {
+    let iterator = links.join(Hook::KillDead.name());
+    // Kernels that lack it were told of when the programs were loaded.
+    if !iterator.exists() {
+        return;
+    }
+    let namespaces = namespaces::all();
+    // Reading the iterator is what ends them.
+    let killed = namespaces::visit(&namespaces, || fs::read(&iterator).map(drop));
+    for (path, result) in namespaces.into_iter().zip(killed) {
+        match result {
+            // Gone meanwhile, with its sockets.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if !hidden.contains(&path) => {
+                tracing::warn!(netns = %path.display(), %error, "cannot end UDP sockets of dead backends in a network namespace: it takes CAP_SYS_ADMIN");
+                hidden.insert(path);
             }
-            Err(_) => {}
+            Ok(()) | Err(_) => {}
         }
     }
-}
-
-fn list(links: &Path) -> io::Result<Vec<DeadSocket>> {
-    let bytes = fs::read(links.join(Hook::ListDead.name()))?;
-    Ok(bytes
-        .chunks_exact(size_of::<DeadSocket>())
-        .map(sys::from_prefix)
-        .collect())
-}
-
-/// Reading the iterator is what ends them, in the namespace of the calling thread.
-fn kill(links: &Path) -> io::Result<()> {
-    fs::read(links.join(Hook::KillDead.name())).map(drop)
 }

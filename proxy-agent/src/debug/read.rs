@@ -1,19 +1,22 @@
 //! From pinned maps to [`Contents`].
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io};
 
 use proxy_ebpf::{
-    abi::{MemberWord, SetWord, Slot},
+    abi::{MemberWord, SetWord, Slot, SocketRecord},
     lb::Tables as _,
 };
 
 use super::contents::{Contents, Entry, MapUse};
-use crate::backends::{Error, ebpf::view::PinnedMaps};
+use crate::{
+    backends::{Error, ebpf::view::PinnedMaps},
+    daemon::namespaces,
+};
 
 /// Fresh readings of a set that changes under us: as often as the programs do.
 const ATTEMPTS: u32 = 4;
 
-/// Reads everything but sockets, which only an iterator program can list.
+/// Reads everything but sockets, which only iterator programs can list.
 ///
 /// # Errors
 /// The kernel could not be read.
@@ -69,6 +72,27 @@ pub fn read(maps: &PinnedMaps) -> Result<Contents, Error> {
         );
     }
     Ok(contents)
+}
+
+/// Every translated socket of the node: of each network namespace that can be entered.
+///
+/// # Errors
+/// None can be listed, not even in the own namespace.
+pub fn sockets(maps: &PinnedMaps) -> Result<Vec<SocketRecord>, Error> {
+    let mut records = maps.sockets()?;
+    let namespaces = namespaces::all();
+    let listed = namespaces::visit(&namespaces, || maps.sockets().map_err(io::Error::other));
+    for (path, listed) in namespaces.iter().zip(listed) {
+        match listed {
+            Ok(listed) => records.extend(listed),
+            Err(error) => {
+                tracing::warn!(netns = %path.display(), %error, "cannot list the sockets of a network namespace: it takes CAP_SYS_ADMIN");
+            }
+        }
+    }
+    records.sort_by_key(|record| record.cookie);
+    records.dedup_by_key(|record| record.cookie);
+    Ok(records)
 }
 
 /// The slots of a set; none when the set has moved on.

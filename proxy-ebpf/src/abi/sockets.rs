@@ -102,7 +102,7 @@ pub struct Socket {
     pub peers: [Peer; SOCKET_PEERS],
 }
 
-/// One record of the iterator `list_sockets`. 280 bytes. Frozen.
+/// One record of the iterators `list_tcp` and `list_udp`. 280 bytes. Frozen.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketRecord {
@@ -110,16 +110,6 @@ pub struct SocketRecord {
     pub cookie: u64,
     /// Its value in SOCKETS.
     pub socket: Socket,
-}
-
-/// One record of the iterator `list_dead`: a connected UDP socket whose backend no longer serves. 16 bytes. Frozen.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct DeadSocket {
-    /// The network namespace in which `kill_dead` finds it.
-    pub netns_cookie: u64,
-    /// `bpf_get_socket_cookie`.
-    pub cookie: u64,
 }
 
 /// Key of PEERS (LRU_HASH): translations beyond a socket's own storage. 32 bytes. Frozen.
@@ -151,6 +141,5 @@ plain! {
     Peer { vip: Addr, backend: Addr, vip_port: Be16, backend_port: Be16, flags: u32, service: u32, member: u32, generation: u32, protocol: u32, last_used_ns: u64 } = 64;
     Socket { netns_cookie: u64, reserved: u64, peers: [Peer; SOCKET_PEERS] } = 272;
     SocketRecord { cookie: u64, socket: Socket } = 280;
-    DeadSocket { netns_cookie: u64, cookie: u64 } = 16;
     PeerKey { cookie: u64, addr: Addr, port: Be16, by: u16, pad: u32 } = 32;
 }

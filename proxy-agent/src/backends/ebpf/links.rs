@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
@@ -28,10 +28,10 @@ pub enum Hook {
     RecvMsg4,
     /// recvmsg() on an IPv6 socket.
     RecvMsg6,
-    /// Lists every translated socket; read by `dump`.
-    ListSockets,
-    /// Lists the connected UDP sockets whose backend is dead; read by the agent.
-    ListDead,
+    /// Lists the translated TCP sockets of the reader's network namespace; read by `dump`.
+    ListTcp,
+    /// Lists the translated UDP sockets of the reader's network namespace; read by `dump`.
+    ListUdp,
     /// Destroys the connected UDP sockets, of the reader's network namespace, whose backend is dead.
     KillDead,
     /// sendmsg() on an IPv4 socket.
@@ -49,13 +49,8 @@ pub enum Hook {
 pub enum Place {
     /// A hook of the node's cgroup.
     Cgroup(bpf_attach_type),
-    /// An iterator of this name; over the elements of SOCKETS if so.
-    Iterator {
-        /// "udp", "bpf_sk_storage_map".
-        target: &'static str,
-        /// It walks over the elements of SOCKETS.
-        over_sockets: bool,
-    },
+    /// The iterator of this name: "tcp", "udp".
+    Iterator(&'static str),
 }
 
 impl Hook {
@@ -65,8 +60,8 @@ impl Hook {
         Self::GetPeerName6,
         Self::RecvMsg4,
         Self::RecvMsg6,
-        Self::ListSockets,
-        Self::ListDead,
+        Self::ListTcp,
+        Self::ListUdp,
         Self::KillDead,
         Self::SendMsg4,
         Self::SendMsg6,
@@ -81,8 +76,8 @@ impl Hook {
             Self::GetPeerName6 => "getpeername6",
             Self::RecvMsg4 => "recvmsg4",
             Self::RecvMsg6 => "recvmsg6",
-            Self::ListSockets => "list_sockets",
-            Self::ListDead => "list_dead",
+            Self::ListTcp => "list_tcp",
+            Self::ListUdp => "list_udp",
             Self::KillDead => "kill_dead",
             Self::SendMsg4 => "sendmsg4",
             Self::SendMsg6 => "sendmsg6",
@@ -98,14 +93,8 @@ impl Hook {
             Self::GetPeerName6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME),
             Self::RecvMsg4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG),
             Self::RecvMsg6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG),
-            Self::ListSockets | Self::ListDead => Place::Iterator {
-                target: "bpf_sk_storage_map",
-                over_sockets: true,
-            },
-            Self::KillDead => Place::Iterator {
-                target: "udp",
-                over_sockets: false,
-            },
+            Self::ListTcp => Place::Iterator("tcp"),
+            Self::ListUdp | Self::KillDead => Place::Iterator("udp"),
             Self::SendMsg4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG),
             Self::SendMsg6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG),
             Self::Connect4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET4_CONNECT),
@@ -115,7 +104,7 @@ impl Hook {
 
     /// Whether the socket layer can do without it.
     pub const fn is_optional(self) -> bool {
-        matches!(self.place(), Place::Iterator { .. })
+        matches!(self.place(), Place::Iterator(_))
     }
 }
 
@@ -185,15 +174,13 @@ pub fn attach(
     hook: Hook,
     program: &OwnedFd,
     cgroup: &Cgroup,
-    maps: &Fds,
 ) -> Result<Attached, Error> {
     let path = links.join(hook.name());
     let object = || format!("hook {} on {}", hook.name(), cgroup.path.display());
     let failed = |error| refused("attach", object(), error);
-    let sockets = maps.get("SOCKETS");
     let existing = existing_link(&path)?;
     let usable = match &existing {
-        Some(link) => serves(link, hook, cgroup, sockets).map_err(failed)?,
+        Some(link) => serves(link, hook, cgroup).map_err(failed)?,
         None => false,
     };
     let outcome = match existing {
@@ -208,9 +195,7 @@ pub fn attach(
         Some(_) | None => {
             let link = match hook.place() {
                 Place::Cgroup(hook) => sys::link_create(program, &cgroup.handle, hook),
-                Place::Iterator { over_sockets, .. } => {
-                    sys::iter_link(program, sockets.filter(|_| over_sockets).map(AsFd::as_fd))
-                }
+                Place::Iterator(_) => sys::iter_link(program),
             };
             pin_over(&path, link.map_err(failed)?)?;
             Attached::Created
@@ -236,34 +221,15 @@ fn existing_link(path: &Path) -> Result<Option<OwnedFd>, Error> {
 }
 
 /// Whether `link` is attached where `hook` wants it: a link outlives its cgroup, and --cgroup may have changed.
-fn serves(
-    link: &OwnedFd,
-    hook: Hook,
-    cgroup: &Cgroup,
-    sockets: Option<&OwnedFd>,
-) -> io::Result<bool> {
+fn serves(link: &OwnedFd, hook: Hook, cgroup: &Cgroup) -> io::Result<bool> {
     let info = sys::link_info(link)?;
     Ok(match hook.place() {
         Place::Cgroup(hook) => {
             info.type_ == bpf_link_type::BPF_LINK_TYPE_CGROUP as u32
                 && sys::cgroup_of(&info) == (cgroup.id, hook as u32)
         }
-        Place::Iterator { over_sockets, .. } => {
-            let wanted = match sockets.filter(|_| over_sockets) {
-                Some(sockets) => sys::map_info(sockets)?.id,
-                None => 0,
-            };
-            info.type_ == bpf_link_type::BPF_LINK_TYPE_ITER as u32
-                && (!over_sockets || iterated_map(link)? == wanted)
-        }
+        Place::Iterator(_) => info.type_ == bpf_link_type::BPF_LINK_TYPE_ITER as u32,
     })
-}
-
-/// Map of an iterator's link. From fdinfo: the info struct has it only together with the target's name.
-fn iterated_map(link: &OwnedFd) -> io::Result<u32> {
-    Ok(sys::fd_field(link, "map_id")?
-        .and_then(|id| id.parse().ok())
-        .unwrap_or(0))
 }
 
 /// Whether the attached program is the one pinned in this generation, and does what `program` does on the same maps.
@@ -300,9 +266,7 @@ pub fn is_in_place(
         return Ok(false);
     };
     let (program, used) = sys::prog_info(&program).map_err(failed)?;
-    if info.prog_id != program.id
-        || !serves(&link, hook, cgroup, maps.get("SOCKETS")).map_err(failed)?
-    {
+    if info.prog_id != program.id || !serves(&link, hook, cgroup).map_err(failed)? {
         return Ok(false);
     }
     let mut own = Vec::new();

@@ -249,7 +249,7 @@ impl Object {
             .map_err(|name| Refusal::Missing(format!("the kernel does not have {name}")))?;
         let (prog_type, attach_type, attach_btf_id) = match hook.place() {
             Place::Cgroup(hook) => (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, hook, 0),
-            Place::Iterator { target, .. } => {
+            Place::Iterator(target) => {
                 let name = format!("bpf_iter_{target}");
                 let id = self.kernel.function(&name).ok_or_else(|| {
                     Refusal::Missing(format!("the kernel does not have the iterator {target}"))
@@ -311,10 +311,10 @@ enum Refusal {
 
 fn left_out(hook: Hook, what: String) -> LeftOut {
     let cost = match hook {
-        Hook::KillDead | Hook::ListDead => {
+        Hook::KillDead => {
             "; connected UDP sockets of a removed backend go on until the client notices by itself"
         }
-        Hook::ListSockets => "; `dump sockets` shows nothing",
+        Hook::ListTcp | Hook::ListUdp => "; `dump sockets` does not show all",
         Hook::GetPeerName4
         | Hook::GetPeerName6
         | Hook::RecvMsg4

@@ -157,17 +157,19 @@ impl PinnedMaps {
         hash(&self.fds, "PEERS")?.entries()
     }
 
-    /// Every translated socket of the node.
+    /// Every translated socket of the calling thread's network namespace.
     ///
     /// # Errors
-    /// As above, or the kernel has no iterator over socket storage.
+    /// As above, or the kernel refused an iterator over sockets.
     pub fn sockets(&self) -> Result<Vec<SocketRecord>, Error> {
-        let path = self.links.join(Hook::ListSockets.name());
-        let bytes = fs::read(&path).map_err(|error| refused("read", path.display(), error))?;
-        Ok(bytes
-            .chunks_exact(size_of::<SocketRecord>())
-            .map(sys::from_prefix)
-            .collect())
+        let mut records = Vec::new();
+        for hook in [Hook::ListTcp, Hook::ListUdp] {
+            let path = self.links.join(hook.name());
+            let bytes = fs::read(&path).map_err(|error| refused("read", path.display(), error))?;
+            let found = bytes.chunks_exact(size_of::<SocketRecord>());
+            records.extend(found.map(sys::from_prefix::<SocketRecord>));
+        }
+        Ok(records)
     }
 
     /// Ids of the cgroups whose sockets are left alone.
@@ -253,7 +255,7 @@ impl PinnedMaps {
                 .map_err(|error| refused("read", format_args!("hook {}", hook.name()), error))?;
             let cgroup = match hook.place() {
                 Place::Cgroup(_) => sys::cgroup_of(&info).0,
-                Place::Iterator { .. } => 0,
+                Place::Iterator(_) => 0,
             };
             summaries.push(HookSummary {
                 hook: hook.name(),

@@ -111,7 +111,7 @@ pub fn attach(
         let Some(program) = programs.get(&hook) else {
             continue;
         };
-        match links::attach(&links, generation, hook, program, cgroup, &maps) {
+        match links::attach(&links, generation, hook, program, cgroup) {
             Ok(Attached::Kept) => {}
             Ok(how @ (Attached::Created | Attached::Moved)) => {
                 tracing::debug!(hook = hook.name(), how = ?how, generation = generation.number, "hook attached");

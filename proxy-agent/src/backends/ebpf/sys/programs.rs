@@ -135,23 +135,14 @@ pub fn link_detach(link: impl AsFd) -> io::Result<()> {
     bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
-/// A link of an iterator program, over the elements of `map` if the program is made for a map's.
+/// A link of an iterator program.
 ///
 /// # Errors
 /// As the kernel says.
-pub fn iter_link(program: impl AsFd, map: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
-    // union bpf_iter_link_info: its first member is the map's descriptor; the kernel wants the rest zero.
-    let info = [map.map_or(0, |fd| raw(&fd)), 0, 0, 0];
+pub fn iter_link(program: impl AsFd) -> io::Result<OwnedFd> {
     let mut attr: bpf_attr = zeroed();
     attr.link_create.__bindgen_anon_1.prog_fd = raw(&program);
     attr.link_create.attach_type = bpf_attach_type::BPF_TRACE_ITER as u32;
-    if map.is_some() {
-        attr.link_create.__bindgen_anon_3.__bindgen_anon_1.iter_info = address(&info);
-        attr.link_create
-            .__bindgen_anon_3
-            .__bindgen_anon_1
-            .iter_info_len = size_of_val(&info) as u32;
-    }
     bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }
 
