@@ -18,8 +18,9 @@ use tokio::sync::watch;
 
 use crate::{
     backends::{Backend, Error},
+    compile::{Compiler, Problem},
     metrics::Metrics,
-    model::Dirty,
+    model::{Dirty, Model},
     plan::{Plan, diff},
     state::DesiredState,
 };
@@ -45,6 +46,25 @@ pub struct Compiled {
     pub scope: Scope,
     /// The desired state of that scope.
     pub state: DesiredState,
+}
+
+impl Compiled {
+    /// Compiles `scope` of `model`; also gives the problems that were not there before.
+    pub fn of(compiler: &mut Compiler, model: &Model, scope: &Scope) -> (Self, Vec<Problem>) {
+        let compiled = match scope {
+            Scope::All => compiler.compile_all(model),
+            Scope::Part(dirty) => compiler.compile(model, dirty),
+        };
+        let scope = match scope {
+            Scope::All => Scope::All,
+            Scope::Part(_) => Scope::Part(Dirty {
+                services: compiled.services_in_scope,
+                addresses: compiled.addresses_in_scope,
+            }),
+        };
+        let state = compiled.state;
+        (Self { scope, state }, compiled.problems)
+    }
 }
 
 /// How a layer is doing.

@@ -16,7 +16,7 @@ use crate::{
     backends::ebpf::{EbpfBackend, kernel::KernelStore},
     compile::Compiler,
     metrics::Metrics,
-    model::{Dirty, Model, NodeName, Update},
+    model::{Model, NodeName, Update},
     sync::{Compiled, Inbox, Layer, Scope, SyncStatus},
 };
 
@@ -134,25 +134,14 @@ fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Compiles what changed and logs each problem once, when it comes up.
 fn compile(compiler: &mut Compiler, model: &Model, scope: &Scope) -> Compiled {
-    let compiled = match scope {
-        Scope::All => compiler.compile_all(model),
-        Scope::Part(dirty) => compiler.compile(model, dirty),
-    };
-    for problem in &compiled.problems {
+    let (mut compiled, problems) = Compiled::of(compiler, model, scope);
+    for problem in &problems {
         tracing::warn!(service = %problem.service(), error = %problem, "not carried out");
     }
-    let mut state = compiled.state;
-    let scope = match scope {
-        Scope::All => {
-            self_test::add_canary(&mut state);
-            Scope::All
-        }
-        Scope::Part(_) => Scope::Part(Dirty {
-            services: compiled.services_in_scope,
-            addresses: compiled.addresses_in_scope,
-        }),
-    };
-    Compiled { scope, state }
+    if scope == &Scope::All {
+        self_test::add_canary(&mut compiled.state);
+    }
+    compiled
 }
 
 /// What the kernel needs beside the entries of its maps.

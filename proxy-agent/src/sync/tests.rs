@@ -1,10 +1,11 @@
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, num::NonZeroU16};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
     backends::{Key, memory::Memory},
+    model::{NodeName, Objects, Port, Service, Update},
     state::{Family, NodeAddress, Protocol, ServiceName, ServicePort, ServiceState, TrafficPolicy},
 };
 
@@ -295,4 +296,41 @@ proptest! {
         }
         prop_assert_eq!(bench.entries(), &world.rendered());
     }
+}
+
+#[test]
+fn a_part_is_widened_to_the_services_that_it_touches() {
+    let claim = |service: &str, is_there: bool| {
+        let port = Port::new("http", Protocol::Tcp, NonZeroU16::new(80).unwrap());
+        let object = Service::new(&[[10, 96, 0, 1].into()], vec![port]);
+        let object = is_there.then(|| Arc::new(object));
+        Update::Objects(Objects {
+            services: vec![(name(service), object)],
+            complete: true,
+            ..Objects::default()
+        })
+    };
+    let mut model = Model::new(NodeName::new("node-a"));
+    let mut compiler = Compiler::default();
+    model.apply(claim("one", true));
+    model.apply(claim("other", true));
+    let (all, problems) = Compiled::of(&mut compiler, &model, &Scope::All);
+    assert_eq!(all.scope, Scope::All);
+    assert_eq!(all.state.services.len(), 2);
+    let [problem] = problems.as_slice() else {
+        panic!("one of them does not get the address: {problems:?}");
+    };
+    let (loser, owner) = match problem.service() == &name("one") {
+        true => ("one", "other"),
+        false => ("other", "one"),
+    };
+    let asked = Scope::Part(model.apply(claim(owner, false)));
+    let (part, problems) = Compiled::of(&mut compiler, &model, &asked);
+    let both = Scope::Part(Dirty {
+        services: BTreeSet::from([name("one"), name("other")]),
+        addresses: false,
+    });
+    assert_eq!((part.scope, problems), (both, Vec::new()));
+    let got: Vec<_> = part.state.services.keys().map(|key| &key.service).collect();
+    assert_eq!(got, [&name(loser)]);
 }

@@ -18,7 +18,7 @@ use proxy_agent::{
     },
     compile::Compiler,
     metrics::Metrics,
-    model::{Dirty, Model, NodeName, Objects, Update},
+    model::{Model, NodeName, Objects, Update},
     plan::diff,
     sync::{Compiled, Inbox, Layer, Scope},
 };
@@ -101,7 +101,7 @@ impl Engine {
             let (model, inbox) = (Arc::clone(&model), Arc::clone(&inbox));
             let mut compiler = Compiler::default();
             move || {
-                let compile = |scope: &Scope| compile(&mut compiler, &lock(&model), scope);
+                let compile = |scope: &Scope| Compiled::of(&mut compiler, &lock(&model), scope).0;
                 layer.run(&inbox, compile, |_, _| {});
             }
         });
@@ -137,26 +137,6 @@ impl Drop for Engine {
         if let Some(thread) = self.thread.take() {
             // A layer that panicked has said so.
             drop(thread.join());
-        }
-    }
-}
-
-fn compile(compiler: &mut Compiler, model: &Model, scope: &Scope) -> Compiled {
-    match scope {
-        Scope::All => Compiled {
-            scope: Scope::All,
-            state: compiler.compile_all(model).state,
-        },
-        Scope::Part(dirty) => {
-            let compiled = compiler.compile(model, dirty);
-            let scope = Scope::Part(Dirty {
-                services: compiled.services_in_scope,
-                addresses: compiled.addresses_in_scope,
-            });
-            Compiled {
-                scope,
-                state: compiled.state,
-            }
         }
     }
 }
