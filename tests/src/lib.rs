@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod bench;
 pub mod demo;
+pub mod foreign;
 pub mod janitor;
 pub mod load;
 pub mod manifests;

@@ -11,6 +11,8 @@ use std::{
     process::{Command, Stdio},
 };
 
+use nix::errno::Errno;
+
 use crate::state::{
     Backend, BackendState, DesiredState, Family, Frontend, FrontendKind, Protocol, ServiceName,
     ServicePort, ServiceState, TrafficPolicy,
@@ -20,6 +22,8 @@ use crate::state::{
 const CANARY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8));
 /// In the discard-only prefix (RFC 6666).
 const CANARY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 8));
+/// What to look at when the hooks are attached and do not take effect.
+const SUSPECT: &str = "a program of somebody else may be in the way: bpftool cgroup tree";
 /// discard.
 const PORT: u16 = 9;
 /// A cgroup below the node's, with the process id of its agent.
@@ -81,9 +85,8 @@ pub fn run(cgroup: &Path) -> Result<(), String> {
     let at = child.display();
     match fs::create_dir(&child) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(format!(
-                "cannot make the cgroup {at}: {error}; mount it writable"
-            ));
+            let remedy = remedy(&error);
+            return Err(format!("cannot make the cgroup {at}: {error}; {remedy}"));
         }
         Ok(()) | Err(_) => {}
     }
@@ -106,6 +109,16 @@ pub fn run(cgroup: &Path) -> Result<(), String> {
                 false => text.to_owned(),
             })
         }
+    }
+}
+
+/// What to do about a cgroup that cannot be made. EAGAIN is a limit (cgroup_mkdir(), kernel/cgroup/cgroup.c, v6.18).
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => {
+            "raise cgroup.max.descendants and cgroup.max.depth there and above"
+        }
+        _ => "mount it writable",
     }
 }
 
@@ -141,15 +154,21 @@ fn connect(canary: IpAddr, backend: SocketAddr) -> Result<(), String> {
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let open = || UdpSocket::bind(SocketAddr::new(unspecified, 0));
-    // A family that this node does not have needs no test.
-    let Ok(socket) = open() else { return Ok(()) };
-    if socket.connect(backend).is_err() {
-        return Ok(());
-    }
     let canary = SocketAddr::new(canary, PORT);
+    let direct = open().and_then(|socket| socket.connect(backend));
+    match direct {
+        Ok(()) => {}
+        // A family that this node does not have needs no test.
+        Err(error) if is_without_family(&error) => return Ok(()),
+        Err(error) => {
+            return Err(format!(
+                "cannot connect to the backend of the canary address {canary}, {backend}: {error}; {SUSPECT}"
+            ));
+        }
+    }
     let failed = |what: String| {
         Err(format!(
-            "a connection to the canary address {canary} {what}"
+            "a connection to the canary address {canary} {what}; {SUSPECT}"
         ))
     };
     let socket = open().map_err(|error| format!("cannot open a socket: {error}"))?;
@@ -173,6 +192,15 @@ fn connect(canary: IpAddr, backend: SocketAddr) -> Result<(), String> {
     }
 }
 
+/// Whether this says that the node does not have the socket's family: not compiled in, or without a loopback address.
+fn is_without_family(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(
+        errno,
+        Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL | Errno::ENETUNREACH)
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,6 +209,17 @@ mod tests {
     fn without_hooks_the_canary_is_not_translated() {
         let error = connect(CANARY_V4, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), PORT));
         assert!(error.unwrap_err().contains("was not translated"));
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn a_family_without_a_loopback_address_is_not_tested() {
+        let result = std::thread::spawn(|| {
+            // A new namespace, where the loopback interface is down.
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            connect(CANARY_V6, SocketAddr::new(Ipv6Addr::LOCALHOST.into(), PORT))
+        });
+        assert_eq!(result.join().unwrap(), Ok(()));
     }
 
     #[test]

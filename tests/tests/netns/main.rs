@@ -11,6 +11,7 @@ mod outputs;
 mod policies;
 mod programs_log;
 mod restart;
+mod self_test;
 mod swap;
 mod topology;
 mod udp;
