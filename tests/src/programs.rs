@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io::Read,
     net::{IpAddr, SocketAddr, UdpSocket},
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::Command,
     thread,
@@ -28,7 +28,7 @@ use proxy_agent::backends::ebpf::{
 use proxy_ebpf::{
     abi::{
         ABI_VERSION, Addr, Be16, FrontendKey, FrontendValue, Member, MemberWord, Meta, Plain,
-        Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats, kind, meta_flags,
+        Policy, Reason, Service, SetWord, Slot, Socket, SocketRecord, Stats, kind, meta_flags,
     },
     lb::Scope,
 };
@@ -325,6 +325,19 @@ impl Programs {
             .map(|(index, (reason, now))| (*reason, now - before.get(index).copied().unwrap_or(0)))
             .filter(|(_, change)| *change > 0)
             .collect())
+    }
+
+    /// Makes the choices of `socket` look as if they were used last this long ago.
+    pub fn age(&self, socket: &UdpSocket, idle: Duration) -> anyhow::Result<()> {
+        let map = self.fds.get("SOCKETS").context("no map SOCKETS")?;
+        let key = socket.as_raw_fd().to_ne_bytes();
+        let mut bytes = [0; size_of::<Socket>()];
+        let found = sys::map_lookup(map, &key, &mut bytes)?;
+        ensure!(found, "the socket was not translated");
+        let mut value: Socket = sys::from_prefix(&bytes);
+        let at = now_ns()? - u64::try_from(idle.as_nanos())?;
+        value.peers.iter_mut().for_each(|p| p.last_used_ns = at);
+        Ok(sys::map_update(map, &key, sys::bytes_of(&value))?)
     }
 
     /// Output of the iterators `list_tcp` and `list_udp` in the network namespace of the calling thread.

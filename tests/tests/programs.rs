@@ -249,6 +249,39 @@ fn a_socket_keeps_its_backend_until_that_stops_serving() -> anyhow::Result<()> {
 
 #[test]
 #[ignore = "needs CAP_BPF"]
+fn a_choice_in_use_is_kept_and_an_idle_one_is_made_anew() -> anyhow::Result<()> {
+    let (kept, forgotten) = (Duration::from_secs(119), Duration::from_millis(120_100));
+    for family in [0, 1] {
+        with_programs(|programs| {
+            serve(programs, family, 1)?;
+            let servers = udp_servers(programs, family, 2)?;
+            let client = udp_socket(WILDCARDS[family])?;
+            let vip = at(VIPS[family], 53);
+            assert_eq!(ask(&client, vip, &servers)?, (0, vip));
+            // The first one drains: it serves on whom it has, and a new choice is the second one.
+            set_backends(programs, family, 1..2);
+            for _ in 0..3 {
+                programs.age(&client, kept)?;
+                assert_eq!(ask(&client, vip, &servers)?, (0, vip));
+            }
+            programs.age(&client, forgotten)?;
+            assert_eq!(ask(&client, vip, &servers)?, (1, vip));
+            // An answer is a use too.
+            set_backends(programs, family, 0..1);
+            client.send_to(b"question", vip)?;
+            let (index, from) = receive(&servers)?;
+            programs.age(&client, forgotten)?;
+            servers[index].send_to(b"late answer", from)?;
+            assert_eq!(client.recv_from(&mut [0; 16])?.1, vip);
+            assert_eq!(ask(&client, vip, &servers)?, (1, vip));
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
 fn more_vips_than_a_socket_holds_are_answered_by_their_own_names() -> anyhow::Result<()> {
     with_programs(|programs| {
         let servers = udp_servers(programs, 0, 4)?;

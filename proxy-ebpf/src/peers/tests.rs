@@ -5,6 +5,9 @@ use crate::{
 };
 
 const SECOND_NS: u64 = 1_000_000_000;
+/// A tenth of a second before a choice is forgotten, and after it.
+const KEPT_NS: u64 = IDLE_NS - SECOND_NS / 10;
+const FORGOTTEN_NS: u64 = IDLE_NS + SECOND_NS / 10;
 const HIT: Hit = Hit {
     service: 1,
     kind: kind::CLUSTER_IP,
@@ -55,6 +58,49 @@ fn a_choice_is_kept_until_it_is_idle_or_dead_or_its_frontend_moves() {
     assert!(!stands(&mut socket, &fake, &udp("10.96.0.1", 0), moved));
     kill(&mut fake, 0);
     assert!(!stands(&mut socket, &fake, &udp("10.96.0.1", 0), HIT));
+}
+
+fn later(request: &Request, by_ns: u64) -> Request {
+    Request {
+        now_ns: request.now_ns + by_ns,
+        ..*request
+    }
+}
+
+#[test]
+fn a_choice_is_forgotten_two_minutes_after_its_last_use() {
+    assert_eq!((KEPT_NS, FORGOTTEN_NS), (119_900_000_000, 120_100_000_000));
+    let fake = Fake::of_members(1);
+    let mut socket = Socket::default();
+    let mut request = udp("10.96.0.1", 0);
+    send(&mut socket, &request, &backend(&fake, 0));
+    // As often as it is used in time; each use counts from then on.
+    for _ in 0..5 {
+        assert_eq!(
+            socket.choice(&fake, &later(&request, FORGOTTEN_NS), HIT),
+            None
+        );
+        request = later(&request, KEPT_NS);
+        let kept = socket.choice(&fake, &request, HIT);
+        kept.expect("the choice is kept").last_used_ns = request.now_ns;
+    }
+}
+
+#[test]
+fn a_full_socket_forgets_as_its_choices_do() {
+    let fake = Fake::of_members(1);
+    let mut socket = Socket::default();
+    let request = udp("10.96.0.1", 0);
+    for vip in ["10.96.0.1", "10.96.0.2", "10.96.0.3", "10.96.0.4"] {
+        send(&mut socket, &udp(vip, 0), &backend(&fake, 0));
+    }
+    let other = udp("10.96.0.5", 0);
+    assert_eq!(socket.place(&later(&other, KEPT_NS)), None);
+    assert!(socket.place(&later(&other, FORGOTTEN_NS)).is_some());
+    let used = socket.choice(&fake, &later(&request, KEPT_NS), HIT);
+    used.expect("the choice is kept").last_used_ns += KEPT_NS;
+    let place = socket.place(&later(&other, FORGOTTEN_NS)).unwrap();
+    assert_eq!(place.vip, addr("10.96.0.2"), "not the one that was used");
 }
 
 #[test]

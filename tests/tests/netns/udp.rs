@@ -13,14 +13,21 @@ use proxy_tests::scenario::{UDP, each_family, passes};
 #[ignore = "needs root and eBPF"]
 fn an_unconnected_socket_stays_with_its_endpoint() {
     each_family("udp-stays", |s| {
-        s.apply(
-            &s.service("dns", 1)
-                .endpoint(s.endpoint(&s.near))
-                .endpoint(s.endpoint(&s.far)),
-        )?;
+        let both = s
+            .service("dns", 1)
+            .endpoint(s.endpoint(&s.near))
+            .endpoint(s.endpoint(&s.far));
+        s.apply(&both)?;
         let to = SocketAddr::from((s.vip(1), UDP));
         let socket = s.client.peer()?.open_udp_for(to)?;
         let first = socket.ask_to(to)?;
+        for _ in 0..20 {
+            assert_eq!(socket.ask_to(to)?, first);
+        }
+        // While it is used, it stays where it is, whoever else comes.
+        let (more, also) = (s.near.peer()?, s.endpoint(&s.near).at_port(5354));
+        more.serve_udp((s.unspecified(), 5354).into(), "also near")?;
+        s.apply(&both.endpoint(also))?;
         for _ in 0..20 {
             assert_eq!(socket.ask_to(to)?, first);
         }
