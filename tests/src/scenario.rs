@@ -45,7 +45,7 @@ pub struct Scenario {
     pub near: Pod,
     /// A server on `b`.
     pub far: Pod,
-    marker: Cell<u16>,
+    marker: Marker,
     /// The whole cluster.
     pub topology: Topology,
 }
@@ -109,7 +109,6 @@ impl Scenario {
         manifests.put_node("node-a", "zone-a")?;
         manifests.put_node("node-b", "zone-b")?;
         let agent = Agent::new(&a, &manifests, args)?;
-        let marker = Cell::new(0);
         Ok(Self {
             v6,
             agent,
@@ -119,7 +118,7 @@ impl Scenario {
             client,
             near,
             far,
-            marker,
+            marker: Marker::default(),
             topology,
         })
     }
@@ -191,23 +190,7 @@ impl Scenario {
     /// # Errors
     /// It did not get there.
     pub fn settle(&self) -> anyhow::Result<()> {
-        // A change is applied before a later one, deletions last: when the second marker is there, the sync with the
-        // first one is over.
-        for _ in 0..2 {
-            let port = self.marker.get() + 1;
-            self.marker.set(port);
-            let marker = Service::new("marker", &[Ipv4Addr::new(10, 96, 255, 254).into()])
-                .port("marker", "TCP", port, port);
-            self.manifests.put(&marker)?;
-            wait_for("the change arrives in the kernel", SOON, || {
-                let services = self.services()?;
-                let found = find(&services, "default/marker:marker")
-                    .is_some_and(|service| service["frontends"][0]["port"] == port);
-                ensure!(found, "{services}\n{}", self.agent.log());
-                Ok(())
-            })?;
-        }
-        Ok(())
+        self.marker.settle(&self.agent, &self.manifests)
     }
 
     /// `dump services`.
@@ -227,6 +210,36 @@ impl Scenario {
         find(&services, service)
             .cloned()
             .with_context(|| format!("no {service} in {services}"))
+    }
+}
+
+/// A Service with another port each time, by which an agent is seen to have read what was written before it.
+#[derive(Debug, Default)]
+pub struct Marker(Cell<u16>);
+
+impl Marker {
+    /// Waits until the kernel holds everything that the files said when this was called.
+    ///
+    /// # Errors
+    /// It did not get there.
+    pub fn settle(&self, agent: &Agent, manifests: &Manifests) -> anyhow::Result<()> {
+        // A change is applied before a later one, deletions last: when the second marker is there, the sync with the
+        // first one is over.
+        for _ in 0..2 {
+            let port = self.0.get() + 1;
+            self.0.set(port);
+            let marker = Service::new("marker", &[Ipv4Addr::new(10, 96, 255, 254).into()])
+                .port("marker", "TCP", port, port);
+            manifests.put(&marker)?;
+            wait_for("the change arrives in the kernel", SOON, || {
+                let services = agent.json(&["dump", "services"])?;
+                let found = find(&services, "default/marker:marker")
+                    .is_some_and(|service| service["frontends"][0]["port"] == port);
+                ensure!(found, "{services}\n{}", agent.log());
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 }
 

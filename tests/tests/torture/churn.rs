@@ -12,7 +12,10 @@ use proxy_tests::{
     Agent, Endpoint, Manifests, Node, Pod, Service, Topology,
     load::{LoadPlan, LoadReport, Record, Talk},
     peer::Load,
+    scenario::Marker,
 };
+
+use serde_json::{Value, json};
 
 use super::timeline::{Timeline, Truth};
 
@@ -33,6 +36,7 @@ pub struct Churn {
     /// The client's node.
     pub node: Node,
     manifests: Manifests,
+    marker: Marker,
     near: Pod,
     far: Pod,
     client: Pod,
@@ -89,6 +93,7 @@ impl Churn {
             agent: Agent::new(&a, &manifests, &[])?.with_priority(-10),
             node: a,
             manifests,
+            marker: Marker::default(),
             near,
             far,
             client,
@@ -101,7 +106,7 @@ impl Churn {
             _topology: topology,
         };
         churn.timeline.begin(churn.truth.clone());
-        churn.write()?;
+        churn.write_all()?;
         churn.agent.spawn()?;
         churn.agent.wait_ready()?;
         Ok(churn)
@@ -154,7 +159,7 @@ impl Churn {
             }
         }
         self.timeline.begin(self.truth.clone());
-        self.write()
+        self.write_all()
     }
 
     /// Kills the agent amid its work.
@@ -167,6 +172,16 @@ impl Churn {
     /// The agent is ready: what was true before the last change is over.
     pub fn caught_up(&mut self) {
         self.timeline.replaced();
+    }
+
+    /// Waits until the kernel holds everything that was changed.
+    pub fn settle(&self) -> anyhow::Result<()> {
+        self.marker.settle(&self.agent, &self.manifests)
+    }
+
+    /// Adds Services that get no load, in a file of their own.
+    pub fn add(&self, name: &str, services: &[Service]) -> anyhow::Result<()> {
+        self.write(name, services.iter().flat_map(Service::objects).collect())
     }
 
     /// Stops the load and judges every answer.
@@ -202,12 +217,15 @@ impl Churn {
     }
 
     /// One file with everything: one change, however many endpoints it moves.
-    fn write(&mut self) -> anyhow::Result<()> {
-        let objects: Vec<_> = (0..SERVICES)
-            .flat_map(|service| self.service(service).objects())
-            .collect();
-        let list = serde_json::json!({"apiVersion": "v1", "kind": "List", "items": objects});
-        self.manifests.write("all.json", &list.to_string())
+    fn write_all(&self) -> anyhow::Result<()> {
+        let services = (0..SERVICES).flat_map(|service| self.service(service).objects());
+        self.write("all", services.collect())
+    }
+
+    fn write(&self, name: &str, objects: Vec<Value>) -> anyhow::Result<()> {
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
+        self.manifests
+            .write(&format!("{name}.json"), &list.to_string())
     }
 
     fn service(&self, service: usize) -> Service {

@@ -1,14 +1,19 @@
 //! Connects on all cores while everything changes, the agent included.
 
 use std::{
+    collections::BTreeMap,
     env,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
+use serde_json::Value;
 
-use super::churn::{Churn, Outcome};
+use super::{
+    churn::{Churn, Outcome},
+    growth::{GROWTHS, Growth},
+};
 
 const PAUSE: Duration = Duration::from_millis(60);
 
@@ -91,26 +96,58 @@ fn no_connection_fails_in_fifty_upgrades_and_downgrades() {
 #[ignore = "needs root and eBPF; takes a minute"]
 fn no_connection_fails_in_twenty_generation_swaps() {
     torture("swap", |churn| {
-        let mut capacities = Vec::new();
-        for _ in 0..20 {
-            // A map that is not where it should be makes the next start build a new generation.
-            churn.churn(Duration::from_millis(300), PAUSE)?;
-            let before = generations(churn)?;
-            churn.kill()?;
-            remove_one_map(churn)?;
-            churn.agent.spawn()?;
-            churn.agent.wait_ready()?;
-            churn.caught_up();
-            let after = generations(churn)?;
-            ensure!(after != before, "no new generation: {before:?}");
-            capacities.push(capacity(churn, "MEMBERS")?);
+        for growth in GROWTHS {
+            (0..3).try_for_each(|_| repair(churn))?;
+            grow(churn, growth)?;
         }
-        let constant = capacities
-            .windows(2)
-            .all(|pair| pair.first() == pair.last());
-        ensure!(constant, "the maps grow without need: {capacities:?}");
         Ok(())
     });
+}
+
+/// A map that is not where it should be makes the next start build a new generation.
+fn repair(churn: &mut Churn) -> anyhow::Result<()> {
+    churn.churn(Duration::from_millis(300), PAUSE)?;
+    let (old, sizes) = (newest_generation(churn)?, capacities(churn)?);
+    churn.kill()?;
+    remove_one_map(churn)?;
+    churn.agent.spawn()?;
+    churn.agent.wait_ready()?;
+    churn.caught_up();
+    ensure!(
+        newest_generation(churn)? > old,
+        "none after generation {old}"
+    );
+    let larger: Vec<_> = capacities(churn)?
+        .into_iter()
+        .filter(|(map, entries)| sizes.get(map).is_some_and(|before| before < entries))
+        .collect();
+    ensure!(larger.is_empty(), "maps grow without need: {larger:?}");
+    Ok(())
+}
+
+/// More than a map holds makes the running agent build a new generation. Endpoints and addresses change with it.
+fn grow(churn: &mut Churn, (map, services): Growth) -> anyhow::Result<()> {
+    churn.churn(Duration::from_millis(300), PAUSE)?;
+    churn.settle()?;
+    let (old, sizes) = (newest_generation(churn)?, capacities(churn)?);
+    let start = Instant::now();
+    // Both files are new: the change may have to wait for the growth, so what it ends is allowed until that is over.
+    churn.change()?;
+    churn.add(&map.to_lowercase(), &services())?;
+    churn.settle()?;
+    churn.caught_up();
+    let new = capacities(churn)?;
+    let (before, after) = (sizes.get(map), new.get(map));
+    println!(
+        "{map}: {before:?} became {after:?}, {:.1?} after the file was begun",
+        start.elapsed()
+    );
+    ensure!(before < after, "{map} did not grow: {before:?}, {after:?}");
+    ensure!(
+        newest_generation(churn)? > old,
+        "none after generation {old}"
+    );
+    Ok(())
 }
 
 /// Names in the agent's directory: `abi-V-gen-N`, `links`.
@@ -122,12 +159,26 @@ fn generations(churn: &Churn) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
-fn capacity(churn: &Churn, map: &str) -> anyhow::Result<Option<u64>> {
+/// The number of the newest generation. The one before it stays for its grace period.
+fn newest_generation(churn: &Churn) -> anyhow::Result<u64> {
+    let names = generations(churn)?;
+    let numbers = names.iter().filter_map(|name| name.rsplit_once("-gen-"));
+    let newest = numbers.filter_map(|(_, number)| number.parse().ok()).max();
+    newest.with_context(|| format!("no generation in {names:?}"))
+}
+
+/// Entries that each map holds.
+fn capacities(churn: &Churn) -> anyhow::Result<BTreeMap<String, u64>> {
     let maps = churn.agent.json(&["dump", "maps"])?;
-    let found = maps
-        .as_array()
-        .and_then(|maps| maps.iter().find(|one| one["map"] == map));
-    Ok(found.and_then(|found| found["capacity"].as_u64()))
+    let maps = maps.as_array().context("no maps")?.iter();
+    let capacity = |map: &Value| {
+        let name = map["map"].as_str().context("a map without a name")?;
+        let entries = map["capacity"]
+            .as_u64()
+            .context("a map without a capacity")?;
+        Ok((name.to_owned(), entries))
+    };
+    maps.map(capacity).collect()
 }
 
 /// Removes the pin of SLOTS, wherever it is.

@@ -4,5 +4,6 @@
 
 mod churn;
 mod connects;
+mod growth;
 mod timeline;
 mod udp;
