@@ -196,6 +196,15 @@ impl Agent {
         self.wait_ready()
     }
 
+    /// Its process id.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn pid(&self) -> anyhow::Result<u32> {
+        let child = self.child.as_ref().context("the agent does not run")?;
+        Ok(child.id())
+    }
+
     /// What it wrote so far, all starts together.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()

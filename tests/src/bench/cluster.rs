@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr},
     num::NonZeroU16,
+    ops::Range,
     sync::Arc,
 };
 
@@ -61,6 +62,52 @@ impl Cluster {
         objects
     }
 
+    /// Some of the Services, each object as an API server writes it, as one Kubernetes `List`; `endpoint` says where the
+    /// n-th endpoint of a Service is.
+    pub fn full_manifest(
+        self,
+        services: Range<u32>,
+        endpoint: impl Fn(u32, u32) -> Ipv4Addr,
+    ) -> Value {
+        let mut items = Vec::new();
+        for service in services {
+            let name = format!("service-{service}");
+            let labels = json!({"app.kubernetes.io/name": name});
+            let cluster_ip = Self::cluster_ip(service);
+            items.push(json!({
+                "apiVersion": "v1", "kind": "Service",
+                "metadata": {
+                    "namespace": "bench", "name": name, "uid": uid(service), "resourceVersion": "1",
+                    "creationTimestamp": "2025-01-01T00:00:00Z", "labels": labels,
+                },
+                "spec": {
+                    "clusterIP": cluster_ip, "clusterIPs": [cluster_ip], "type": "ClusterIP", "selector": labels,
+                    "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster",
+                    "sessionAffinity": "None",
+                    "ports": [{"name": "http", "port": PORT, "protocol": "TCP", "targetPort": TARGET_PORT}],
+                },
+                "status": {"loadBalancer": {}},
+            }));
+            let addresses: Vec<_> = (0..self.endpoints).map(|n| endpoint(service, n)).collect();
+            let mut slice = slice_manifest(&name, &addresses);
+            for (n, entry) in slice["endpoints"]
+                .as_array_mut()
+                .into_iter()
+                .flatten()
+                .enumerate()
+            {
+                entry["conditions"] = json!({"ready": true, "serving": true, "terminating": false});
+                entry["nodeName"] = json!(format!("node-{}", (service as usize + n) % 1000));
+                entry["zone"] = json!("zone-b");
+                entry["targetRef"] = json!({
+                    "kind": "Pod", "namespace": "bench", "name": format!("{name}-{n}"), "uid": uid(service),
+                });
+            }
+            items.push(slice);
+        }
+        json!({"apiVersion": "v1", "kind": "List", "items": items})
+    }
+
     /// As many Services as one Kubernetes `List` in JSON; the only endpoint of each is `backend`.
     pub fn manifest_to(self, backend: Ipv4Addr) -> Value {
         let mut items = Vec::new();
@@ -112,6 +159,10 @@ pub fn slice_manifest(name: &str, addresses: &[Ipv4Addr]) -> Value {
         "ports": [{"name": "http", "port": TARGET_PORT, "protocol": "TCP"}],
         "endpoints": endpoints,
     })
+}
+
+fn uid(number: u32) -> String {
+    format!("00000000-0000-4000-8000-{number:012}")
 }
 
 fn nonzero(port: u16) -> NonZeroU16 {

@@ -1,4 +1,7 @@
-//! Bench `memory`: what the engine keeps in memory after the work of `start` and `update`, in a process of its own.
+//! Bench `memory`: what the engine keeps in memory after the work of `start` and `update`, in a process of its own; and what
+//! the whole agent takes and keeps on a folder of manifests.
+
+mod agent;
 
 use std::{fs, net::Ipv4Addr, process::Stdio, time::Duration};
 
@@ -60,6 +63,7 @@ pub fn run() -> Result<bool> {
         let what = format!("resident at {services} Services x {total} endpoints, MB");
         report.target(Target::at_most(what, usage.resident as f64 / MB, limit));
     }
+    agent::rows(&mut report)?;
     report.finish()
 }
 
