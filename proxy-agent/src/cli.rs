@@ -84,6 +84,9 @@ pub enum Command {
         /// The cgroup to enter.
         cgroup: PathBuf,
     },
+    /// End connected UDP sockets of removed backends, once for each byte on standard input: a child of `run`
+    #[command(hide = true)]
+    Reap,
 }
 
 /// Where Services come from.

@@ -47,6 +47,7 @@ pub mod socket;
 
 use exclude::Exclusions;
 use place::{cgroup, node_name};
+use reaper::Reaper;
 use socket::SocketLayer;
 
 /// Updates on their way from the sources: the file source coalesces, so a few are plenty.
@@ -88,6 +89,14 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// The capabilities of this process cannot be changed.
+    #[error("cannot drop the capabilities that only the reaper needs: {0}")]
+    Capabilities(#[from] caps::errors::CapsError),
+    /// Its process was ended by somebody.
+    #[error(
+        "the process that ends UDP sockets of removed backends is gone, and only a new agent can start another; the programs in the kernel go on serving"
+    )]
+    Reaper,
     /// A bug.
     #[error("the {0} ended early: this is a bug; the programs in the kernel go on serving")]
     Ended(&'static str),
@@ -107,15 +116,20 @@ pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
         Mode::Auto | Mode::Ebpf => {}
         Mode::Iptables => return Err(Error::NoIptables),
     }
+    let reaper = Reaper::start(global).map_err(start("the reaper"))?;
+    // aya-log finds the programs' ring buffer by its id, which takes CAP_SYS_ADMIN.
+    if !args.log_programs {
+        reaper::drop_capabilities()?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     runtime
         .map_err(start("the runtime"))?
-        .block_on(serve(global, args, manifests))
+        .block_on(serve(global, args, manifests, reaper))
 }
 
-async fn serve(global: &Global, args: &Run, manifests: &Path) -> Result<(), Error> {
+async fn serve(global: &Global, args: &Run, manifests: &Path, reaper: Reaper) -> Result<(), Error> {
     let mut terminate = signal(SignalKind::terminate()).map_err(start("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(start("signals"))?;
     let here = node_name(global)?;
@@ -131,8 +145,8 @@ async fn serve(global: &Global, args: &Run, manifests: &Path) -> Result<(), Erro
     }
     let metrics = Arc::new(Metrics::default());
     let exclusions = Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup);
-    let links = global.bpf_dir.join("links");
-    let layer = SocketLayer::start(store, here, links, exclusions, &metrics);
+    let (reaper, reaper_ended) = reaper.split().map_err(start("the reaper"))?;
+    let layer = SocketLayer::start(store, here, reaper, exclusions, &metrics);
     let layer = layer.map_err(start("the socket layer"))?;
     let (tested, self_test) = watch::channel(SelfTest::default());
     let health = servers::health(args, layer.status(), self_test);
@@ -145,6 +159,7 @@ async fn serve(global: &Global, args: &Run, manifests: &Path) -> Result<(), Erro
         () = test_hooks(layer.status(), cgroup, tested) => Err(Error::Ended("self-test")),
         () = health => Err(Error::Ended("healthz server")),
         () = metering => Err(Error::Ended("metrics server")),
+        _ = reaper_ended => Err(Error::Reaper),
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),
     };

@@ -50,6 +50,10 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             daemon::self_test::connect_from(cgroup).map_err(anyhow::Error::msg)?;
             ExitCode::SUCCESS
         }
+        Command::Reap => {
+            daemon::reaper::run(&global.bpf_dir).map_err(anyhow::Error::msg)?;
+            ExitCode::SUCCESS
+        }
     })
 }
 

@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeSet,
     io,
-    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::Instant,
@@ -11,7 +10,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{exclude::Exclusions, reaper::Reaper, self_test, servers};
+use super::{exclude::Exclusions, reaper, self_test, servers};
 use crate::{
     backends::ebpf::{EbpfBackend, kernel::KernelStore},
     compile::Compiler,
@@ -30,14 +29,14 @@ pub struct SocketLayer {
 }
 
 impl SocketLayer {
-    /// Starts the thread. `links` is the directory of the pinned hooks.
+    /// Starts the thread. `reaper` is asked when UDP backends are gone.
     ///
     /// # Errors
     /// No thread or no inotify instance to be had.
     pub fn start(
         store: KernelStore,
         here: NodeName,
-        links: PathBuf,
+        reaper: reaper::Requests,
         exclusions: Exclusions,
         metrics: &Arc<Metrics>,
     ) -> io::Result<Self> {
@@ -49,7 +48,7 @@ impl SocketLayer {
         // Those that exist are excluded before the first hook is attached.
         let excluded = Arc::new(Mutex::new(Some(exclusions.cgroups())));
         let mut tending = Tending {
-            reaper: Reaper::start(links)?,
+            reaper,
             excluded: Arc::clone(&excluded),
             has_told: false,
             metrics: Arc::clone(metrics),
@@ -146,7 +145,7 @@ fn compile(compiler: &mut Compiler, model: &Model, scope: &Scope) -> Compiled {
 
 /// What the kernel needs beside the entries of its maps.
 struct Tending {
-    reaper: Reaper,
+    reaper: reaper::Requests,
     /// Cgroups to leave alone, when they have changed.
     excluded: Arc<Mutex<Option<BTreeSet<u64>>>>,
     /// The mode has been told.

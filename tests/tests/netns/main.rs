@@ -10,6 +10,7 @@ mod opt_out;
 mod outputs;
 mod policies;
 mod programs_log;
+mod reaper;
 mod restart;
 mod self_test;
 mod swap;
