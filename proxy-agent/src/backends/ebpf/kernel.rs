@@ -6,17 +6,16 @@ use std::{
     time::Duration,
 };
 
-use proxy_ebpf::abi::{Meta, Stats, meta_flags};
+use proxy_ebpf::abi::{Meta, Stats};
 
 use self::{current::Current, grace::Grace};
 use super::{
     dir::Directory,
     links::{self, Cgroup},
     load::{Constants, LeftOut, Object},
-    maps::Hash,
     probe,
     refused::refused,
-    tables::{Fds, Tables, hash},
+    tables::{Fds, Tables, opted_out},
 };
 use crate::backends::Error;
 
@@ -102,7 +101,9 @@ impl KernelStore {
             grace,
         };
         store.take(found, &object)?;
-        store.opt_out = store.opted_out()?;
+        if let Some(current) = &store.current {
+            store.opt_out = opted_out(&current.fds)?;
+        }
         Ok(store)
     }
 
@@ -123,44 +124,12 @@ impl KernelStore {
     /// The kernel refused.
     pub fn set_opt_out(&mut self, cgroups: &BTreeSet<u64>) -> Result<(), Error> {
         if self.opt_out != *cgroups {
+            if let Some(current) = &self.current {
+                current.write_opt_out(cgroups)?;
+            }
             self.opt_out.clone_from(cgroups);
-            self.write_opt_out()?;
         }
         Ok(())
-    }
-
-    fn opted_out(&self) -> Result<BTreeSet<u64>, Error> {
-        let Some(current) = &self.current else {
-            return Ok(BTreeSet::new());
-        };
-        let map: Hash<u64, u32> = hash(&current.fds, "OPTOUT")?;
-        Ok(map
-            .entries()?
-            .into_iter()
-            .map(|(cgroup, _)| cgroup)
-            .collect())
-    }
-
-    fn write_opt_out(&self) -> Result<(), Error> {
-        let Some(current) = &self.current else {
-            return Ok(());
-        };
-        let map: Hash<u64, u32> = hash(&current.fds, "OPTOUT")?;
-        let present = self.opted_out()?;
-        let added: Vec<_> = self
-            .opt_out
-            .difference(&present)
-            .map(|cgroup| (*cgroup, 1))
-            .collect();
-        let removed: Vec<_> = present.difference(&self.opt_out).copied().collect();
-        map.upsert(&added)?;
-        current.change_meta(|meta| {
-            meta.flags &= !meta_flags::OPT_OUT;
-            if !self.opt_out.is_empty() {
-                meta.flags |= meta_flags::OPT_OUT;
-            }
-        });
-        map.delete(&removed)
     }
 
     /// Programs that this kernel cannot run.

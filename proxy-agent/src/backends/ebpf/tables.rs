@@ -1,6 +1,9 @@
 //! The maps of one generation that the agent reads and writes, as typed tables.
 
-use std::{collections::BTreeMap, os::fd::OwnedFd};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::fd::OwnedFd,
+};
 
 use proxy_ebpf::abi::{Addr, FrontendKey, FrontendValue, Meta};
 
@@ -124,6 +127,15 @@ where
 {
     let wrong = |error| refused("use", format_args!("map {name}"), error);
     Hash::new(handle(fds, name)?, name).map_err(wrong)
+}
+
+/// Keys of OPTOUT: ids of the cgroups whose sockets are left alone.
+///
+/// # Errors
+/// It is missing or cannot be read.
+pub fn opted_out(fds: &Fds) -> Result<BTreeSet<u64>, Error> {
+    let entries: Vec<(u64, u32)> = hash(fds, "OPTOUT")?.entries()?;
+    Ok(entries.into_iter().map(|(cgroup, _)| cgroup).collect())
 }
 
 fn entries(fds: &Fds, name: &str) -> Result<u32, Error> {

@@ -1,6 +1,7 @@
 //! Pinned maps seen from outside: for `dump` and `explain`, with the agent dead or alive. Takes no lock, writes nothing.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
@@ -21,7 +22,7 @@ use super::{
     refused::refused,
     store::Capacity,
     sys,
-    tables::{Fds, Tables, handle, hash},
+    tables::{Fds, Tables, handle, hash, opted_out},
 };
 use crate::backends::Error;
 
@@ -176,9 +177,8 @@ impl PinnedMaps {
     ///
     /// # Errors
     /// As above.
-    pub fn opt_out(&self) -> Result<Vec<u64>, Error> {
-        let entries: Vec<(u64, u32)> = hash(&self.fds, "OPTOUT")?.entries()?;
-        Ok(entries.into_iter().map(|(cgroup, _)| cgroup).collect())
+    pub fn opt_out(&self) -> Result<BTreeSet<u64>, Error> {
+        opted_out(&self.fds)
     }
 
     /// REASONS, summed over the CPUs.

@@ -1,14 +1,14 @@
 //! The generation that the agent writes.
 
-use std::os::fd::OwnedFd;
+use std::{collections::BTreeSet, os::fd::OwnedFd};
 
-use proxy_ebpf::abi::{Meta, Stats};
+use proxy_ebpf::abi::{Meta, Stats, meta_flags};
 
 use super::super::{
     dir::Generation,
-    maps::Array,
+    maps::{Array, Hash},
     refused::refused,
-    tables::{Fds, Tables, handle},
+    tables::{Fds, Tables, handle, hash, opted_out},
 };
 use crate::backends::Error;
 
@@ -100,5 +100,27 @@ impl Current {
         if wanted != meta {
             self.tables.meta.write(0, &wanted);
         }
+    }
+
+    /// Makes OPTOUT hold these cgroups and no others, and META say whether there are any.
+    ///
+    /// # Errors
+    /// The kernel refused; part of it may have gone in.
+    pub fn write_opt_out(&self, cgroups: &BTreeSet<u64>) -> Result<(), Error> {
+        let map: Hash<u64, u32> = hash(&self.fds, "OPTOUT")?;
+        let present = opted_out(&self.fds)?;
+        let added: Vec<_> = cgroups
+            .difference(&present)
+            .map(|cgroup| (*cgroup, 1))
+            .collect();
+        let removed: Vec<_> = present.difference(cgroups).copied().collect();
+        map.upsert(&added)?;
+        self.change_meta(|meta| {
+            meta.flags &= !meta_flags::OPT_OUT;
+            if !cgroups.is_empty() {
+                meta.flags |= meta_flags::OPT_OUT;
+            }
+        });
+        map.delete(&removed)
     }
 }

@@ -99,8 +99,10 @@ impl KernelStore {
         };
         let (generation, fds) = build::build(&self.dir, &object, self.newest, &recipe)?;
         let Some(old) = self.current.take() else {
-            self.current = Some(Current::new(generation, fds, false, None)?);
-            return self.write_opt_out();
+            let current = Current::new(generation, fds, false, None)?;
+            current.write_opt_out(&self.opt_out)?;
+            self.current = Some(current);
+            return Ok(());
         };
         let grown = Current::grown_from(&old, generation.clone(), fds);
         match grown.and_then(|grown| self.replace(&object, &old, grown)) {
