@@ -119,14 +119,14 @@ impl Display for Key {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A system call failed.
-    #[error("cannot {action} {object}: {source}{hint}")]
+    #[error("cannot {action} {object}: {cause}{hint}")]
     Kernel {
         /// The verb: "update", "create", "attach".
         action: &'static str,
         /// What it was done to: "map FRONTENDS", "hook connect4 on /sys/fs/cgroup".
         object: String,
         /// What the kernel said.
-        source: std::io::Error,
+        cause: std::io::Error,
         /// What to do about it, with its leading separator; may be empty.
         hint: &'static str,
     },

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match run(&cli) {
         Ok(code) => code,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "proxy-agent: {}", one_line(&error));
+            let _ = writeln!(std::io::stderr(), "proxy-agent: {error:#}");
             ExitCode::from(cli::FAILURE)
         }
     }
@@ -55,21 +55,6 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             ExitCode::SUCCESS
         }
     })
-}
-
-/// An error with its causes, as far as its text does not name them already.
-fn one_line(error: &anyhow::Error) -> String {
-    error
-        .chain()
-        .skip(1)
-        .map(ToString::to_string)
-        .fold(error.to_string(), |text, cause| {
-            if text.contains(&cause) {
-                text
-            } else {
-                format!("{text}: {cause}")
-            }
-        })
 }
 
 /// Logs what `--log-level` or RUST_LOG ask for, by default what an operator wants to know.

@@ -38,20 +38,20 @@ const ABSENT: Duration = Duration::from_millis(250);
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The folder is not there or may not be read.
-    #[error("cannot read the manifests in {}: {source}; give --manifests an existing folder", path.display())]
+    #[error("cannot read the manifests in {}: {cause}; give --manifests an existing folder", path.display())]
     Folder {
         /// The folder.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The kernel gives no inotify instance, watch or thread.
-    #[error("cannot watch the manifests in {}: {source}; see fs.inotify.max_user_instances and fs.inotify.max_user_watches", path.display())]
+    #[error("cannot watch the manifests in {}: {cause}; see fs.inotify.max_user_instances and fs.inotify.max_user_watches", path.display())]
     Watch {
         /// The folder.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -66,13 +66,13 @@ pub fn start(
     updates: mpsc::Sender<Update>,
 ) -> Result<watch::Receiver<Vec<Problem>>, Error> {
     let path = || root.to_owned();
-    fs::read_dir(root).map_err(|source| Error::Folder {
+    fs::read_dir(root).map_err(|cause| Error::Folder {
         path: path(),
-        source,
+        cause,
     })?;
-    let refused = |source| Error::Watch {
+    let refused = |cause| Error::Watch {
         path: path(),
-        source,
+        cause,
     };
     let watcher = Watcher::new(root).map_err(refused)?;
     let (problems, receiver) = watch::channel(Vec::new());

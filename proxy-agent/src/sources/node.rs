@@ -31,10 +31,10 @@ const IPVS_LINK: &str = "kube-ipvs0";
 pub enum Error {
     /// No thread, socket or subscription.
     #[error("cannot follow the node's addresses by netlink: {0}")]
-    Socket(#[from] io::Error),
+    Socket(io::Error),
     /// The dump failed.
     #[error("cannot list the node's addresses by netlink: {0}")]
-    Dump(#[from] rtnetlink::Error),
+    Dump(rtnetlink::Error),
 }
 
 /// Starts to follow the addresses on a thread of its own, which ends when nobody takes updates any more. The first update
@@ -45,7 +45,8 @@ pub enum Error {
 pub fn start(updates: mpsc::Sender<Update>) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()?;
+        .build()
+        .map_err(Error::Socket)?;
     let run = move || {
         runtime.block_on(async {
             while !updates.is_closed() {
@@ -56,7 +57,8 @@ pub fn start(updates: mpsc::Sender<Update>) -> Result<(), Error> {
             }
         });
     };
-    thread::Builder::new().name("addresses".into()).spawn(run)?;
+    let thread = thread::Builder::new().name("addresses".into());
+    thread.spawn(run).map_err(Error::Socket)?;
     Ok(())
 }
 
@@ -64,8 +66,8 @@ pub fn start(updates: mpsc::Sender<Update>) -> Result<(), Error> {
 async fn follow(updates: &mpsc::Sender<Update>) -> Result<(), Error> {
     let groups = [MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
     // Subscribed before the dump: what changes meanwhile leads to another one.
-    let (events, _, mut changes) = new_multicast_connection(&groups)?;
-    let (requests, handle, _) = new_connection()?;
+    let (events, _, mut changes) = new_multicast_connection(&groups).map_err(Error::Socket)?;
+    let (requests, handle, _) = new_connection().map_err(Error::Socket)?;
     let tasks = [tokio::spawn(events), tokio::spawn(requests)];
     let mut sent = None;
     let result = loop {
@@ -103,7 +105,7 @@ async fn follow(updates: &mpsc::Sender<Update>) -> Result<(), Error> {
 
 async fn dump(handle: &Handle) -> Result<BTreeSet<IpAddr>, Error> {
     let messages = handle.address().get().execute();
-    let messages: Vec<AddressMessage> = messages.try_collect().await?;
+    let messages: Vec<AddressMessage> = messages.try_collect().await.map_err(Error::Dump)?;
     Ok(messages.iter().filter_map(own_address).collect())
 }
 

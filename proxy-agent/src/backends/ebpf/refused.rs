@@ -5,8 +5,8 @@ use std::{fmt::Display, io};
 use crate::backends::Error;
 
 /// "cannot `action` `object`: …" with what to do about it.
-pub fn refused(action: &'static str, object: impl Display, source: io::Error) -> Error {
-    let hint = match source.raw_os_error() {
+pub fn refused(action: &'static str, object: impl Display, cause: io::Error) -> Error {
+    let hint = match cause.raw_os_error() {
         Some(libc::ENOMEM) => {
             "; the kernel has no memory for it: free some, or raise the memory limit of the agent's cgroup"
         }
@@ -19,7 +19,7 @@ pub fn refused(action: &'static str, object: impl Display, source: io::Error) ->
     Error::Kernel {
         action,
         object: object.to_string(),
-        source,
+        cause,
         hint,
     }
 }

@@ -208,7 +208,7 @@ impl Simulated {
         Err(Error::Kernel {
             action: "update",
             object: format!("a map of {capacity} entries"),
-            source: std::io::Error::from_raw_os_error(libc::E2BIG),
+            cause: std::io::Error::from_raw_os_error(libc::E2BIG),
             hint: "",
         })
     }
@@ -238,7 +238,7 @@ impl Store for Simulated {
             return Err(Error::Kernel {
                 action: "create",
                 object: "the maps of the next generation".to_owned(),
-                source: std::io::ErrorKind::OutOfMemory.into(),
+                cause: std::io::ErrorKind::OutOfMemory.into(),
                 hint: "",
             });
         }

@@ -105,11 +105,10 @@ fn a_folder_that_is_not_there_is_a_clear_error() {
         sender,
     )
     .unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .starts_with("cannot read the manifests in /no/such/folder: No such file or directory"),
-        "{error}"
+    let printed = format!("{:#}", anyhow::Error::from(error));
+    assert_eq!(
+        printed,
+        "cannot read the manifests in /no/such/folder: No such file or directory (os error 2); give --manifests an existing folder"
     );
 }
 
