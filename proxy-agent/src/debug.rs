@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use proxy_ebpf::lb::Tables as _;
+
 use crate::{
     backends::{
         self,
@@ -84,12 +86,11 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
 /// There are no maps, they cannot be read, or there is no such client.
 pub fn explain(global: &cli::Global, args: &cli::Explain) -> Result<ExitCode, Error> {
     let maps = PinnedMaps::open(&global.bpf_dir)?;
-    let contents = read::read(&maps)?;
-    let is_node = |address: &proxy_ebpf::abi::Addr| contents.addresses.contains_key(address);
+    let is_node = |address: &proxy_ebpf::abi::Addr| maps.node_address(address).is_some();
     let client =
         client::find(&args.client, maps.meta().netns_cookie, is_node).map_err(Error::Client)?;
-    let name = |index| contents.service_name(index);
-    let answer = explain::explain(&contents, name, &client, args.destination, monotonic_ns());
+    let name = |index| contents::service_name(index, maps.name(index).as_ref());
+    let answer = explain::explain(&maps, name, &client, args.destination, monotonic_ns());
     show(&answer, args.output)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -9,7 +9,7 @@ use crate::abi::{
 };
 
 /// Fresh readings of a set word before giving up.
-const ATTEMPTS: u32 = 4;
+pub const ATTEMPTS: u32 = 4;
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
 

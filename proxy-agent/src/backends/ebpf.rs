@@ -15,6 +15,7 @@ mod describe;
 pub mod dir;
 mod extents;
 mod ids;
+pub mod in_memory;
 pub mod kernel;
 pub mod kfuncs;
 pub mod links;

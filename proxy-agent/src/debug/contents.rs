@@ -1,13 +1,13 @@
-//! What the maps hold, read once into plain values: what `dump`, `explain` and their tests work on.
+//! What the maps hold, read once into plain values: what `dump` and its tests work on.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_ebpf::{
     abi::{
         Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, MemberWord, Meta,
-        Name, Peer, PeerKey, Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats,
+        Name, Peer, PeerKey, Reason, Service, SetWord, Slot, SocketRecord, Stats,
     },
-    lb::{Scope, Tables},
+    lb::Tables,
 };
 
 /// One entry of SERVICES that is in use, with what its index means in the other maps.
@@ -24,9 +24,29 @@ pub struct Entry {
 impl Entry {
     /// "namespace/name:port".
     pub fn text(&self) -> String {
-        let len = usize::from(self.name.len).min(self.name.text.len());
-        String::from_utf8_lossy(&self.name.text[..len]).into_owned()
+        text(&self.name)
     }
+}
+
+fn text(name: &Name) -> String {
+    let len = usize::from(name.len).min(name.text.len());
+    String::from_utf8_lossy(&name.text[..len]).into_owned()
+}
+
+/// Name of the service port at an index, given what NAMES holds there.
+pub fn service_name(index: u32, name: Option<&Name>) -> String {
+    name.filter(|name| name.len > 0)
+        .map_or_else(|| format!("#{index}"), text)
+}
+
+/// The slots of a set; none when the set has moved on.
+pub fn slots<T: Tables>(tables: &T, word: SetWord) -> Option<BTreeMap<u32, Slot>> {
+    (word.base()..word.base().saturating_add(word.count()))
+        .map(|index| {
+            let slot = tables.slot(index)?;
+            (slot.generation == word.generation()).then_some((index, slot))
+        })
+        .collect()
 }
 
 /// A map's use.
@@ -74,9 +94,7 @@ pub struct Contents {
 impl Contents {
     /// Name of the service port at an index.
     pub fn service_name(&self, index: u32) -> String {
-        self.services
-            .get(&index)
-            .map_or_else(|| format!("#{index}"), Entry::text)
+        service_name(index, self.services.get(&index).map(|entry| &entry.name))
     }
 
     /// The slots of a set, as far as they belong to it.
@@ -103,47 +121,4 @@ impl Contents {
             .filter(|member| member.word.generation() == word_generation)
             .filter(|member| member.word.bits() & MemberWord::SERVING != 0)
     }
-}
-
-impl Tables for Contents {
-    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
-        self.frontends.get(key).copied()
-    }
-
-    fn is_cluster_ip(&self, addr: &Addr) -> bool {
-        self.vips.contains(addr)
-    }
-
-    fn node_address(&self, addr: &Addr) -> Option<u32> {
-        self.addresses.get(addr).copied()
-    }
-
-    fn set(&self, service: u32, scope: Scope) -> Option<SetWord> {
-        let service = &self.services.get(&service)?.service;
-        Some(match scope {
-            Scope::Cluster => service.cluster,
-            Scope::Local => service.local,
-        })
-    }
-
-    fn policy(&self, service: u32) -> Option<Policy> {
-        Some(self.services.get(&service)?.service.policy)
-    }
-
-    fn slot(&self, index: u32) -> Option<Slot> {
-        self.slots.get(&index).copied()
-    }
-
-    fn member(&self, index: u32) -> Option<Member> {
-        self.members.get(&index).copied()
-    }
-
-    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
-        self.affinity.get(key).copied()
-    }
-
-    /// A copy is only looked at.
-    fn remember(&self, _: &AffinityKey, _: &AffinityValue) {}
-
-    fn note(&self, _: Reason) {}
 }

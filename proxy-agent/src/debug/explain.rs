@@ -2,14 +2,15 @@
 
 use proxy_ebpf::{
     abi::{
-        Addr, AffinityKey, Be16, FrontendKey, FrontendValue, Policy, Reason, SCTP, TCP, UDP,
-        node_address_flags,
+        Addr, AffinityKey, AffinityValue, Be16, FrontendKey, FrontendValue, Policy, Reason, SCTP,
+        TCP, UDP, node_address_flags,
     },
     lb::{self, Backend, Hit, Request, Scope, Tables, Verdict},
 };
 use serde::Serialize;
 
 use super::{
+    contents::slots,
     dump::{BackendRow, backend_row, kind_name, protocol, socket},
     print::Report,
 };
@@ -122,8 +123,12 @@ fn choose<T: Tables>(
     let policy = tables.policy(hit.service).unwrap_or_default();
     let scope = lb::scope(hit.kind, policy);
     let candidates = candidates(tables, hit.service, scope);
+    // Before the choice, which some tables remember.
+    let remembered = client
+        .netns_cookie
+        .and_then(|cookie| tables.affinity(&AffinityKey::from_netns(hit.service, cookie)));
     let verdict = lb::choose(tables, hit, request);
-    let affinity = affinity(tables, hit.service, policy, client, request.now_ns, verdict);
+    let affinity = affinity(policy, client, remembered, request.now_ns, verdict);
     let stays = affinity
         .as_ref()
         .and_then(|affinity| affinity.backend.clone());
@@ -173,13 +178,11 @@ fn addressed<T: Tables>(tables: &T, request: &Request) -> Option<(FrontendKey, F
 }
 
 fn candidates<T: Tables>(tables: &T, service: u32, scope: Scope) -> Vec<BackendRow> {
-    let Some(set) = tables.set(service, scope) else {
-        return Vec::new();
-    };
-    let slots = (set.base()..set.base().saturating_add(set.count()))
-        .filter_map(|index| tables.slot(index))
-        .filter(|slot| slot.generation == set.generation());
+    // As often as the programs do, while the set changes under us.
+    let slots = (0..lb::ATTEMPTS).find_map(|_| slots(tables, tables.set(service, scope)?));
     let mut rows: Vec<_> = slots
+        .unwrap_or_default()
+        .values()
         .map(|slot| {
             let bits = tables
                 .member(slot.member)
@@ -192,11 +195,10 @@ fn candidates<T: Tables>(tables: &T, service: u32, scope: Scope) -> Vec<BackendR
     rows
 }
 
-fn affinity<T: Tables>(
-    tables: &T,
-    service: u32,
+fn affinity(
     policy: Policy,
     client: &Client,
+    remembered: Option<AffinityValue>,
     now_ns: u64,
     verdict: Verdict,
 ) -> Option<Affinity> {
@@ -204,9 +206,6 @@ fn affinity<T: Tables>(
     if seconds == 0 {
         return None;
     }
-    let remembered = client
-        .netns_cookie
-        .and_then(|cookie| tables.affinity(&AffinityKey::from_netns(service, cookie)));
     let age = remembered.map(|value| now_ns.saturating_sub(value.last_used_ns));
     let backend = match (verdict, remembered) {
         (

@@ -3,18 +3,15 @@
 use std::{collections::BTreeMap, io};
 
 use proxy_ebpf::{
-    abi::{MemberWord, SetWord, Slot, SocketRecord},
-    lb::Tables as _,
+    abi::{MemberWord, SocketRecord},
+    lb::{ATTEMPTS, Tables as _},
 };
 
-use super::contents::{Contents, Entry, MapUse};
+use super::contents::{Contents, Entry, MapUse, slots};
 use crate::{
     backends::{Error, ebpf::view::PinnedMaps},
     daemon::namespaces,
 };
-
-/// Fresh readings of a set that changes under us: as often as the programs do.
-const ATTEMPTS: u32 = 4;
 
 /// Reads everything but sockets, which only iterator programs can list.
 ///
@@ -93,16 +90,6 @@ pub fn sockets(maps: &PinnedMaps) -> Result<Vec<SocketRecord>, Error> {
     records.sort_by_key(|record| record.cookie);
     records.dedup_by_key(|record| record.cookie);
     Ok(records)
-}
-
-/// The slots of a set; none when the set has moved on.
-fn slots(maps: &PinnedMaps, word: SetWord) -> Option<BTreeMap<u32, Slot>> {
-    (word.base()..word.base().saturating_add(word.count()))
-        .map(|index| {
-            let slot = maps.slot(index)?;
-            (slot.generation == word.generation()).then_some((index, slot))
-        })
-        .collect()
 }
 
 /// Entries and capacity of every map.

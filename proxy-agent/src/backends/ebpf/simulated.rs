@@ -4,29 +4,23 @@
 //! since the last grace period that is not over. A violation panics with the invariant's number (docs/ARCHITECTURE.md).
 //! Hash operations can be made to fail, and all writes after the n-th to be lost, as when the agent is killed.
 
-use std::{
-    cell::RefCell,
-    collections::{BTreeMap, BTreeSet, HashMap},
-    fmt,
-    rc::Rc,
-};
+use std::{fmt, rc::Rc};
 
 use proxy_ebpf::{
     abi::{
-        Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, MemberWord, Name,
-        Policy, Service, SetWord, Slot,
+        Addr, FrontendKey, FrontendValue, Member, MemberWord, Name, Policy, Service, SetWord, Slot,
     },
     lb::Scope,
 };
 
 use super::{
+    in_memory::InMemory,
     render::NO_NAME,
     store::{Capacity, Store},
 };
 use crate::backends::Error;
 
 mod readers;
-mod tables;
 
 use readers::Readers;
 
@@ -39,14 +33,8 @@ pub struct Simulated {
     capacity: Capacity,
     /// More memory than this is not to be had.
     limit: Option<Capacity>,
-    services: Vec<Service>,
+    maps: InMemory,
     names: Vec<Name>,
-    slots: Vec<Slot>,
-    members: Vec<Member>,
-    frontends: BTreeMap<FrontendKey, FrontendValue>,
-    vips: BTreeSet<Addr>,
-    addresses: BTreeMap<Addr, u32>,
-    affinity: RefCell<HashMap<AffinityKey, AffinityValue>>,
     readers: Readers,
     checked: bool,
     watcher: Option<Watcher>,
@@ -127,6 +115,11 @@ impl Simulated {
         self.writes
     }
 
+    /// The maps as the programs see them.
+    pub fn maps(&self) -> &InMemory {
+        &self.maps
+    }
+
     /// Whether the maps were published.
     pub fn is_published(&self) -> bool {
         self.published
@@ -149,10 +142,11 @@ impl Simulated {
             addresses: have.addresses.max(need.addresses),
         };
         let services = have.services as usize;
-        self.services.resize(services, Service::default());
+        self.maps.services.resize(services, Service::default());
         self.names.resize(services, NO_NAME);
-        self.slots.resize(have.slots as usize, Slot::default());
-        self.members
+        self.maps.slots.resize(have.slots as usize, Slot::default());
+        self.maps
+            .members
             .resize(have.members as usize, Member::default());
     }
 
@@ -173,9 +167,7 @@ impl Simulated {
 
     fn look(&mut self) {
         if self.checked {
-            let mut readers = std::mem::take(&mut self.readers);
-            readers.look(self, self.started);
-            self.readers = readers;
+            self.readers.look(&self.maps, self.started);
         }
     }
 
@@ -252,7 +244,7 @@ impl Store for Simulated {
     }
 
     fn service(&self, index: u32) -> Service {
-        self.services[index as usize]
+        self.maps.services[index as usize]
     }
 
     fn name(&self, index: u32) -> Name {
@@ -260,18 +252,19 @@ impl Store for Simulated {
     }
 
     fn slot(&self, index: u32) -> Slot {
-        self.slots[index as usize]
+        self.maps.slots[index as usize]
     }
 
     fn member(&self, index: u32) -> Member {
-        self.members[index as usize]
+        self.maps.members[index as usize]
     }
 
     fn write_service(&mut self, index: u32, service: &Service) {
         if self.checked && !self.has_crashed() {
-            self.readers.expect_service_unread(self, index, service);
+            self.readers
+                .expect_service_unread(&self.maps, index, service);
         }
-        self.write(|store| store.services[index as usize] = *service);
+        self.write(|store| store.maps.services[index as usize] = *service);
     }
 
     fn write_name(&mut self, index: u32, name: &Name) {
@@ -280,23 +273,23 @@ impl Store for Simulated {
 
     fn write_slots(&mut self, base: u32, slots: &[Slot]) {
         for (index, slot) in (base as usize..).zip(slots) {
-            self.write(|store| store.slots[index] = *slot);
+            self.write(|store| store.maps.slots[index] = *slot);
         }
     }
 
     fn write_member(&mut self, index: u32, member: &Member) {
         if self.checked && !self.has_crashed() {
-            self.readers.expect_member_unread(self, index, member);
+            self.readers.expect_member_unread(&self.maps, index, member);
         }
         self.write(|store| {
-            store.members[index as usize] = *member;
+            store.maps.members[index as usize] = *member;
             store.readers.saw_member(index, member.word);
         });
     }
 
     fn commit_set(&mut self, service: u32, scope: Scope, word: SetWord) {
         self.write(|store| {
-            let service = &mut store.services[service as usize];
+            let service = &mut store.maps.services[service as usize];
             match scope {
                 Scope::Cluster => service.cluster = word,
                 Scope::Local => service.local = word,
@@ -305,71 +298,73 @@ impl Store for Simulated {
     }
 
     fn commit_policy(&mut self, service: u32, policy: Policy) {
-        self.write(|store| store.services[service as usize].policy = policy);
+        self.write(|store| store.maps.services[service as usize].policy = policy);
     }
 
     fn commit_member(&mut self, member: u32, word: MemberWord) {
         self.write(|store| {
-            store.members[member as usize].word = word;
+            store.maps.members[member as usize].word = word;
             store.readers.saw_member(member, word);
         });
     }
 
     fn frontends(&self) -> Result<Vec<(FrontendKey, FrontendValue)>, Error> {
-        Ok(self.frontends.iter().map(|(k, v)| (*k, *v)).collect())
+        Ok(self.maps.frontends.iter().map(|(k, v)| (*k, *v)).collect())
     }
 
     fn vips(&self) -> Result<Vec<Addr>, Error> {
-        Ok(self.vips.iter().copied().collect())
+        Ok(self.maps.vips.iter().copied().collect())
     }
 
     fn addresses(&self) -> Result<Vec<(Addr, u32)>, Error> {
-        Ok(self.addresses.iter().map(|(k, v)| (*k, *v)).collect())
+        Ok(self.maps.addresses.iter().map(|(k, v)| (*k, *v)).collect())
     }
 
     fn upsert_frontends(&mut self, entries: &[(FrontendKey, FrontendValue)]) -> Result<(), Error> {
-        let known = |store: &Self, (key, _): &_| store.frontends.contains_key(key);
+        let known = |store: &Self, (key, _): &_| store.maps.frontends.contains_key(key);
         self.expect_room(entries, known, |store| {
-            (store.frontends.len(), store.capacity.frontends)
+            (store.maps.frontends.len(), store.capacity.frontends)
         })?;
         self.each(entries, |store, (key, value)| {
-            store.frontends.insert(*key, *value);
+            store.maps.frontends.insert(*key, *value);
         })
     }
 
     fn delete_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error> {
         self.each(keys, |store, key| {
-            store.frontends.remove(key);
+            store.maps.frontends.remove(key);
         })
     }
 
     fn upsert_vips(&mut self, vips: &[Addr]) -> Result<(), Error> {
-        let known = |store: &Self, addr: &_| store.vips.contains(addr);
-        self.expect_room(vips, known, |store| (store.vips.len(), store.capacity.vips))?;
+        let known = |store: &Self, addr: &_| store.maps.vips.contains(addr);
+        self.expect_room(vips, known, |store| {
+            (store.maps.vips.len(), store.capacity.vips)
+        })?;
         self.each(vips, |store, addr| {
-            store.vips.insert(*addr);
+            store.maps.vips.insert(*addr);
         })
     }
 
     fn delete_vips(&mut self, vips: &[Addr]) -> Result<(), Error> {
         self.each(vips, |store, addr| {
-            store.vips.remove(addr);
+            store.maps.vips.remove(addr);
         })
     }
 
     fn upsert_addresses(&mut self, entries: &[(Addr, u32)]) -> Result<(), Error> {
-        let known = |store: &Self, (addr, _): &_| store.addresses.contains_key(addr);
+        let known = |store: &Self, (addr, _): &_| store.maps.addresses.contains_key(addr);
         self.expect_room(entries, known, |store| {
-            (store.addresses.len(), store.capacity.addresses)
+            (store.maps.addresses.len(), store.capacity.addresses)
         })?;
         self.each(entries, |store, (addr, flags)| {
-            store.addresses.insert(*addr, *flags);
+            store.maps.addresses.insert(*addr, *flags);
         })
     }
 
     fn delete_addresses(&mut self, addresses: &[Addr]) -> Result<(), Error> {
         self.each(addresses, |store, addr| {
-            store.addresses.remove(addr);
+            store.maps.addresses.remove(addr);
         })
     }
 

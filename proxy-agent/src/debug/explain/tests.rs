@@ -1,10 +1,15 @@
-use proxy_ebpf::abi::{FrontendValue, SetWord, frontend_flags, kind};
+use std::cell::RefCell;
+
+use proxy_ebpf::abi::{FrontendValue, Member, Service, SetWord, Slot, frontend_flags, kind};
 use serde_json::json;
 
 use super::*;
-use crate::debug::{
-    contents::Contents,
-    fixture::{NODE, NOW_NS, POD, contents},
+use crate::{
+    backends::ebpf::in_memory::InMemory,
+    debug::{
+        contents::Contents,
+        fixture::{NODE, NOW_NS, POD, contents},
+    },
 };
 
 fn host() -> Client {
@@ -28,12 +33,35 @@ fn pod() -> Client {
 fn ask(contents: &Contents, client: &Client, destination: &str) -> Explanation {
     let destination = destination.parse().unwrap();
     explain(
-        contents,
+        &in_memory(contents),
         |index| contents.service_name(index),
         client,
         destination,
         NOW_NS,
     )
+}
+
+/// The maps that these are the contents of.
+fn in_memory(contents: &Contents) -> InMemory {
+    let mut maps = InMemory {
+        frontends: contents.frontends.clone(),
+        vips: contents.vips.clone(),
+        addresses: contents.addresses.clone(),
+        services: vec![Service::default(); 8],
+        slots: vec![Slot::default(); 16],
+        members: vec![Member::default(); 8],
+        affinity: RefCell::new(contents.affinity.clone().into_iter().collect()),
+    };
+    for (index, entry) in &contents.services {
+        maps.services[*index as usize] = entry.service;
+    }
+    for (index, slot) in &contents.slots {
+        maps.slots[*index as usize] = *slot;
+    }
+    for (index, member) in &contents.members {
+        maps.members[*index as usize] = *member;
+    }
+    maps
 }
 
 /// Changes the flags of the ClusterIP's frontend.

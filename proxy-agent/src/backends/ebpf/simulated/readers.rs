@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use proxy_ebpf::abi::{Member, MemberWord, Service, SetWord, Slot};
 
-use super::Simulated;
+use crate::backends::ebpf::in_memory::InMemory;
 
 /// What programs may hold.
 #[derive(Clone, Default)]
@@ -27,9 +27,9 @@ struct Held {
 
 impl Readers {
     /// Reads everything that can be found, and compares what is held with what it was.
-    pub fn look(&mut self, store: &Simulated, started: u64) {
-        for (key, value) in &store.frontends {
-            let service = store.services.get(value.service() as usize);
+    pub fn look(&mut self, maps: &InMemory, started: u64) {
+        for (key, value) in &maps.frontends {
+            let service = maps.services.get(value.service() as usize);
             let initialised = service.is_some_and(|service| service.used == 1);
             assert!(
                 initialised && value.belongs_to(key),
@@ -38,17 +38,17 @@ impl Readers {
             );
             self.services.insert(value.service(), started);
         }
-        for addr in &store.vips {
+        for addr in &maps.vips {
             assert!(
-                store.frontends.keys().any(|key| key.addr == *addr),
+                maps.frontends.keys().any(|key| key.addr == *addr),
                 "VIPS holds {addr:?}, which no frontend has: it may belong to somebody else"
             );
         }
         for (index, service_seen) in &self.services {
-            let service = store.services[*index as usize];
+            let service = maps.services[*index as usize];
             for word in [service.cluster, service.local] {
                 let held = self.sets.entry(word).or_insert_with(|| Held {
-                    slots: slots(store, word),
+                    slots: slots(maps, word),
                     last_seen: *service_seen,
                 });
                 held.last_seen = held.last_seen.max(*service_seen);
@@ -56,7 +56,7 @@ impl Readers {
         }
         for (word, held) in &self.sets {
             assert_eq!(
-                slots(store, *word),
+                slots(maps, *word),
                 held.slots,
                 "I2: slots of a set that a reader may hold have changed"
             );
@@ -81,13 +81,13 @@ impl Readers {
     }
 
     /// I1 and I3: a service may be written only while nobody can read it, except to mark it unused.
-    pub fn expect_service_unread(&self, store: &Simulated, index: u32, service: &Service) {
-        let frontends = store.frontends.values();
+    pub fn expect_service_unread(&self, maps: &InMemory, index: u32, service: &Service) {
+        let frontends = maps.frontends.values();
         assert!(
             frontends.clone().all(|value| value.service() != index),
             "I3: service {index} is written while a frontend leads to it"
         );
-        let now = store.services[index as usize];
+        let now = maps.services[index as usize];
         let only_marked = Service { used: 0, ..now } == *service;
         assert!(
             only_marked || !self.services.contains_key(&index),
@@ -96,9 +96,9 @@ impl Readers {
     }
 
     /// I4: a member may be written only while it is free and no slot that somebody holds leads to it.
-    pub fn expect_member_unread(&self, store: &Simulated, index: u32, member: &Member) {
+    pub fn expect_member_unread(&self, maps: &InMemory, index: u32, member: &Member) {
         assert_eq!(
-            store.members[index as usize].word.bits(),
+            maps.members[index as usize].word.bits(),
             0,
             "I4: member {index} is written while it serves"
         );
@@ -115,9 +115,9 @@ impl Readers {
     }
 }
 
-fn slots(store: &Simulated, word: SetWord) -> Vec<Slot> {
+fn slots(maps: &InMemory, word: SetWord) -> Vec<Slot> {
     let range = word.base() as usize..(word.base() + word.count()) as usize;
-    store.slots[range].to_vec()
+    maps.slots[range].to_vec()
 }
 
 #[cfg(test)]
@@ -128,7 +128,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::backends::ebpf::store::{Capacity, Store};
+    use crate::backends::ebpf::{
+        simulated::Simulated,
+        store::{Capacity, Store},
+    };
 
     /// A frontend, its service, and a set of slot 0 and member 0.
     fn serving() -> Simulated {

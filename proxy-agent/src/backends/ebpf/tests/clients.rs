@@ -16,11 +16,7 @@ use proxy_ebpf::{
 
 use super::world;
 use crate::{
-    backends::ebpf::{
-        render,
-        simulated::{Simulated, Watcher},
-        store::Store,
-    },
+    backends::ebpf::{in_memory::InMemory, render, simulated::Watcher, store::Store},
     state::{DesiredState, ServiceState},
 };
 
@@ -51,6 +47,7 @@ pub fn never_astray(old: &DesiredState, new: &DesiredState) -> Watcher {
     let expected = expectations(old, new);
     let late: RefCell<Vec<(u64, FrontendKey, Progress)>> = RefCell::default();
     Rc::new(move |store| {
+        let maps = store.maps();
         let mut late = late.borrow_mut();
         late.retain(|(started, _, _)| *started >= store.grace_over());
         let surplus = late.len().saturating_sub(MOST_LATE);
@@ -58,7 +55,7 @@ pub fn never_astray(old: &DesiredState, new: &DesiredState) -> Watcher {
         for (_, key, progress) in &*late {
             let expected = &expected[key];
             for read in 1..4 {
-                let tables = Late::new(store, *progress, read);
+                let tables = Late::new(maps, *progress, read);
                 let request = request(key, 3 << 30);
                 expected.check(key, lb::choose(&tables, progress.hit, &request));
             }
@@ -66,25 +63,25 @@ pub fn never_astray(old: &DesiredState, new: &DesiredState) -> Watcher {
         for (key, expected) in &expected {
             for random in [0, 1 << 30, 2 << 30, 3 << 30, u32::MAX] {
                 let request = request(key, random);
-                let verdict = match lb::find(store, &request) {
-                    Ok(hit) => lb::choose(store, hit, &request),
+                let verdict = match lb::find(maps, &request) {
+                    Ok(hit) => lb::choose(maps, hit, &request),
                     Err(verdict) => verdict,
                 };
                 expected.check(key, verdict);
             }
-            if let Ok(hit) = lb::find(store, &request(key, 0)) {
-                late.push((store.started(), *key, read(store, hit)));
+            if let Ok(hit) = lb::find(maps, &request(key, 0)) {
+                late.push((store.started(), *key, read(maps, hit)));
             }
         }
     })
 }
 
-fn read(store: &Simulated, hit: Hit) -> Progress {
-    let policy = store.policy(hit.service).unwrap();
+fn read(maps: &InMemory, hit: Hit) -> Progress {
+    let policy = maps.policy(hit.service).unwrap();
     Progress {
         hit,
         policy,
-        set: store.set(hit.service, lb::scope(hit.kind, policy)).unwrap(),
+        set: maps.set(hit.service, lb::scope(hit.kind, policy)).unwrap(),
     }
 }
 
@@ -173,14 +170,14 @@ fn request(key: &FrontendKey, random: u32) -> Request {
 
 /// The maps for a client that read some words before.
 struct Late<'a> {
-    now: &'a Simulated,
+    now: &'a InMemory,
     policy: Cell<Option<Policy>>,
     set: Cell<Option<SetWord>>,
 }
 
 impl<'a> Late<'a> {
     /// `read` counts what it has: the frontend, the policy, the set word.
-    fn new(now: &'a Simulated, progress: Progress, read: u32) -> Self {
+    fn new(now: &'a InMemory, progress: Progress, read: u32) -> Self {
         Self {
             now,
             policy: Cell::new(Some(progress.policy).filter(|_| read > 1)),
@@ -211,11 +208,11 @@ impl Tables for Late<'_> {
     }
 
     fn slot(&self, index: u32) -> Option<Slot> {
-        Tables::slot(self.now, index)
+        self.now.slot(index)
     }
 
     fn member(&self, index: u32) -> Option<Member> {
-        Tables::member(self.now, index)
+        self.now.member(index)
     }
 
     fn affinity(&self, _: &AffinityKey) -> Option<AffinityValue> {

@@ -1,16 +1,38 @@
-//! The maps as the programs see them.
+//! The maps in memory, as the programs see them: under the simulated kernel, and wherever a decision is taken over a copy.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet, HashMap},
+};
 
 use proxy_ebpf::{
     abi::{
         Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, Policy, Reason,
-        SetWord, Slot,
+        Service, SetWord, Slot,
     },
     lb::{Scope, Tables},
 };
 
-use super::Simulated;
+/// What the balancing decision reads. Arrays end where they end: what lies behind does not exist.
+#[derive(Clone, Default)]
+pub struct InMemory {
+    /// FRONTENDS.
+    pub frontends: BTreeMap<FrontendKey, FrontendValue>,
+    /// VIPS.
+    pub vips: BTreeSet<Addr>,
+    /// LOCAL_ADDRS.
+    pub addresses: BTreeMap<Addr, u32>,
+    /// SERVICES.
+    pub services: Vec<Service>,
+    /// SLOTS.
+    pub slots: Vec<Slot>,
+    /// MEMBERS.
+    pub members: Vec<Member>,
+    /// AFFINITY.
+    pub affinity: RefCell<HashMap<AffinityKey, AffinityValue>>,
+}
 
-impl Tables for Simulated {
+impl Tables for InMemory {
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
         self.frontends.get(key).copied()
     }
