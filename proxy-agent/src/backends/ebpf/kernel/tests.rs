@@ -17,7 +17,7 @@ use super::{
         store::Capacity,
         store::Store,
         sys::MapSpec,
-        view::PinnedMaps,
+        view::{MapSummary, PinnedMaps},
     },
     build::{Recipe, Share},
     *,
@@ -124,6 +124,40 @@ fn fill(store: &mut KernelStore) {
         .unwrap();
 }
 
+/// Ends the agent, and unpins one of its maps: where that was.
+fn lose(store: KernelStore, map: &str) -> PathBuf {
+    let generation = store.current.as_ref().unwrap().generation.clone();
+    drop(store);
+    let pin = generation.pin_path(map);
+    fs::remove_file(&pin).unwrap();
+    pin
+}
+
+/// Names of the maps, sorted, that are not the same objects any more. Constants aside, which come with the programs.
+fn replaced<'a>(before: &[MapSummary], after: &'a [MapSummary]) -> Vec<&'a str> {
+    let is_another = |map: &&MapSummary| {
+        let old = before.iter().find(|old| old.name == map.name);
+        !map.name.starts_with("rodata") && old.unwrap().id != map.id
+    };
+    let another = after.iter().filter(is_another);
+    another.map(|map| map.name.as_str()).collect()
+}
+
+/// Asserts that every link is still there and runs another program.
+fn assert_moved(before: &[(u32, u32)], after: &[(u32, u32)]) {
+    assert_eq!(before.len(), after.len());
+    let mut pairs = before.iter().zip(after);
+    let moved = pairs.all(|(old, new)| old.0 == new.0 && old.1 != new.1);
+    assert!(moved, "{before:?} {after:?}");
+}
+
+/// The object with a program that the verifier refuses.
+fn spoiled(store: &KernelStore, hook: Hook) -> Object {
+    let mut object = Object::embedded(store.constants).unwrap();
+    object.spoil(hook);
+    object
+}
+
 fn assert_filled(store: &KernelStore) {
     let service = store.service(2);
     assert_eq!((service.cluster, service.used), (SetWord::new(7, 1, 5), 1));
@@ -225,19 +259,8 @@ fn growth_keeps_entries_and_links_and_carries_what_programs_write() {
         assert!(shapes::holds(&store.capacity(), &need));
     }
     let after = node.view().maps().unwrap();
-    for (old, new) in before.iter().zip(&after) {
-        let is_same = old.id == new.id;
-        let stays = !new.name.starts_with("rodata")
-            && !["SLOTS", "FRONTENDS", "META"].contains(&new.name.as_str());
-        assert_eq!(is_same, stays, "{}", new.name);
-    }
-    let moved = node.links();
-    assert!(
-        links
-            .iter()
-            .zip(&moved)
-            .all(|(old, new)| old.0 == new.0 && old.1 != new.1)
-    );
+    assert_eq!(replaced(&before, &after), ["FRONTENDS", "META", "SLOTS"]);
+    assert_moved(&links, &node.links());
     assert_eq!(store.stats(2).connections, 41);
     assert_eq!(store.dir.generations().unwrap().len(), 1);
 }
@@ -266,14 +289,7 @@ fn counters_survive_a_growth_of_services() {
 fn a_foreign_map_is_left_alone_and_a_generation_is_made_beside_it() {
     let node = Node::new();
     let store = node.published();
-    let pin = store
-        .current
-        .as_ref()
-        .unwrap()
-        .generation
-        .pin_path("FRONTENDS");
-    drop(store);
-    fs::remove_file(&pin).unwrap();
+    let pin = lose(store, "FRONTENDS");
     let foreign = MapSpec {
         name: "theirs".to_owned(),
         map_type: 1,
@@ -309,15 +325,7 @@ fn a_foreign_map_is_left_alone_and_a_generation_is_made_beside_it() {
 #[ignore = "needs CAP_BPF"]
 fn lost_indices_start_with_generations_that_no_socket_knows() {
     let node = Node::new();
-    let store = node.published();
-    let pin = store
-        .current
-        .as_ref()
-        .unwrap()
-        .generation
-        .pin_path("MEMBERS");
-    drop(store);
-    fs::remove_file(pin).unwrap();
+    lose(node.published(), "MEMBERS");
     let store = node.open().unwrap();
     assert_eq!(store.service(2), Service::default());
     assert!(store.member(3).word.generation() > 9 && store.member(3).word.bits() == 0);
@@ -367,12 +375,7 @@ fn a_swap_that_was_cut_short_is_completed_at_the_next_start() {
     let store = node.open().unwrap();
     assert_eq!(store.generation(), 2);
     assert_filled(&store);
-    assert!(
-        node.links()
-            .iter()
-            .zip(&links)
-            .all(|(new, old)| new.0 == old.0 && new.1 != old.1)
-    );
+    assert_moved(&links, &node.links());
 }
 
 #[test]
@@ -557,28 +560,21 @@ fn maps_of_another_abi_are_carried_over_with_their_ids() {
     store.publish().unwrap();
     assert_filled(&store);
     assert_eq!(store.stats(2).connections, 5);
-    assert!(
-        node.links()
-            .iter()
-            .zip(&links)
-            .all(|(new, old)| new.0 == old.0 && new.1 != old.1)
-    );
-    for (old, new) in before.iter().zip(
-        node.view()
-            .maps()
-            .unwrap()
-            .iter()
-            .filter(|map| !map.name.starts_with("rodata")),
-    ) {
-        let carried = [
-            "AFFINITY", "SOCKETS", "PEERS", "OPTOUT", "REASONS", "AYA_LOGS",
+    assert_moved(&links, &node.links());
+    assert_eq!(
+        replaced(&before, &node.view().maps().unwrap()),
+        [
+            "FRONTENDS",
+            "LOCAL_ADDRS",
+            "MEMBERS",
+            "META",
+            "NAMES",
+            "SERVICES",
+            "SLOTS",
+            "STATS",
+            "VIPS"
         ]
-        .contains(&new.name.as_str());
-        assert_eq!(
-            (old.name.as_str(), old.id == new.id),
-            (new.name.as_str(), carried)
-        );
-    }
+    );
     assert_eq!(store.dir.generations().unwrap().len(), 1);
 }
 
@@ -656,8 +652,7 @@ fn a_refused_program_is_told_with_the_verifiers_words_and_the_old_ones_stay() {
     let node = Node::new();
     let mut store = node.published();
     let links = node.links();
-    let mut object = Object::embedded(store.constants).unwrap();
-    object.spoil(Hook::SendMsg6);
+    let object = spoiled(&store, Hook::SendMsg6);
     let error = store.move_hooks(&object).unwrap_err().to_string();
     assert!(
         error.starts_with("the kernel refuses program sendmsg6"),
@@ -674,8 +669,7 @@ fn a_refused_program_is_told_with_the_verifiers_words_and_the_old_ones_stay() {
 fn an_iterator_that_the_kernel_refuses_is_left_out_with_the_reason() {
     let node = Node::new();
     let mut store = node.published();
-    let mut object = Object::embedded(store.constants).unwrap();
-    object.spoil(Hook::KillDead);
+    let object = spoiled(&store, Hook::KillDead);
     store.move_hooks(&object).unwrap();
     let left_out = store.left_out();
     assert_eq!(left_out.len(), 1, "{left_out:#?}");
