@@ -1,10 +1,14 @@
 //! The agent's life: dead, restarted, twice, on foreign ground.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use anyhow::{Context, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use proxy_tests::{
-    Agent, Scenario,
+    Agent, Scenario, let_run,
     scenario::{TCP, UDP, each_family, in_family, reaches, refuses},
 };
 
@@ -22,6 +26,33 @@ fn the_kernel_goes_on_while_the_agent_is_dead() {
         s.agent.spawn()?;
         s.agent.wait_ready()?;
         reaches(&s.client.peer()?, s.vip(1), &["far"])
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn an_agent_that_is_stopped_and_continued_loads_its_programs() {
+    in_family("stopped", false, &[], |s| {
+        s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.near)))?;
+        s.agent.stop()?;
+        s.agent.text(&["cleanup"])?;
+        let log = s.agent.log().len();
+        s.agent.spawn()?;
+        let agent = Pid::from_raw(s.agent.pid()?.try_into()?);
+        // The verifier gives up when a signal is pending, and a freezer, a debugger or a suspended machine sends these. Fewer
+        // than the ten attempts at one program, and spread over the time that all of them take to load.
+        for _ in 0..8 {
+            let_run(Duration::from_millis(50));
+            kill(agent, Signal::SIGSTOP)?;
+            kill(agent, Signal::SIGCONT)?;
+        }
+        s.agent.wait_ready()?;
+        let log = s.agent.log().split_off(log);
+        ensure!(
+            !log.contains("left out") && !log.contains("sync failed"),
+            "{log}"
+        );
+        reaches(&s.client.peer()?, s.vip(1), &["near"])
     });
 }
 
@@ -146,7 +177,7 @@ fn the_lease_is_not_armed_while_no_packet_layer_serves() {
     in_family("lease", false, &["--socket-lease", "3"], |s| {
         s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.near)))?;
         s.agent.kill9()?;
-        proxy_tests::let_run(std::time::Duration::from_secs(5));
+        let_run(Duration::from_secs(5));
         reaches(&s.client.peer()?, s.vip(1), &["near"])
     });
 }

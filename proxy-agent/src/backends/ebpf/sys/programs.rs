@@ -8,6 +8,9 @@ use super::{
 /// Largest verifier log that the kernels in use accept (`UINT_MAX >> 8` before v5.10's successors).
 const LOG_SIZE: usize = (1 << 24) - 1;
 
+/// How often a load that a signal interrupts is tried.
+const LOAD_ATTEMPTS: usize = 10;
+
 /// What can be loaded as a program.
 pub struct ProgSpec<'a> {
     /// Kernel name; cut after 15 bytes.
@@ -69,7 +72,7 @@ pub fn prog_load(spec: &ProgSpec<'_>) -> Result<OwnedFd, (io::Error, String)> {
             attr.__bindgen_anon_3.line_info_cnt = (lines.0.len() / lines.1) as u32;
         }
     }
-    let first = match bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr) {
+    let first = match load(&mut attr) {
         Ok(fd) => return Ok(fd),
         Err(error) => error,
     };
@@ -77,13 +80,24 @@ pub fn prog_load(spec: &ProgSpec<'_>) -> Result<OwnedFd, (io::Error, String)> {
     attr.__bindgen_anon_3.log_buf = log.as_mut_ptr() as u64;
     attr.__bindgen_anon_3.log_size = log.len() as u32;
     attr.__bindgen_anon_3.log_level = 1;
-    match bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr) {
+    match load(&mut attr) {
         Ok(fd) => Ok(fd),
         Err(_) => {
             let len = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
             Err((first, String::from_utf8_lossy(&log[..len]).into_owned()))
         }
     }
+}
+
+/// The verifier gives up with EAGAIN when a signal is pending (v5.0, c3494801cd17), be it only a SIGCONT.
+fn load(attr: &mut bpf_attr) -> io::Result<OwnedFd> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match bpf_fd(bpf_cmd::BPF_PROG_LOAD, attr) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            loaded => return loaded,
+        }
+    }
+    bpf_fd(bpf_cmd::BPF_PROG_LOAD, attr)
 }
 
 /// BPF_BTF_LOAD.
