@@ -175,7 +175,10 @@ fn role(reason: Reason) -> Role {
         | Reason::PeerOverflow
         | Reason::SocketDestroyed
         | Reason::ReplyUntouched
-        | Reason::AffinityHit => Role::Internal,
+        | Reason::AffinityHit
+        | Reason::EntryTaken
+        | Reason::Closed
+        | Reason::CloseUntouched => Role::Internal,
     }
 }
 

@@ -4,7 +4,7 @@
 //! order. Each type has a fixed size without padding (asserted below). [`ABI_VERSION`] changes with any change here.
 //!
 //! # What later versions may change
-//! [`Socket`], [`Peer`], [`AffinityKey`] and [`AffinityValue`] are frozen: their maps are carried from agent to agent, up
+//! [`Socket`], [`Peer`], [`Connection`], [`AffinityKey`] and [`AffinityValue`] are frozen: their maps are carried from agent to agent, up
 //! and down. The other values may grow at the end only: an agent of any version reads the ids that another one handed
 //! out from the fields that exist here.
 
@@ -25,7 +25,8 @@ mod sockets;
 pub use addr::{Addr, Be16};
 pub use counters::{REASONS, Reason, Stats};
 pub use sockets::{
-    AffinityKey, AffinityValue, Peer, PeerKey, SOCKET_PEERS, Socket, SocketRecord, peer_flags,
+    AffinityKey, AffinityValue, CONNECTION_ENTRIES, Connection, Peer, PeerKey, SOCKET_PEERS,
+    Socket, SocketRecord, peer_flags,
 };
 
 /// Version of the layout of the maps below.

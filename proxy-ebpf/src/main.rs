@@ -8,7 +8,10 @@ mod log;
 mod maps;
 mod socket;
 
-use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{
+    macros::{cgroup_sock, cgroup_sock_addr},
+    programs::{SockAddrContext, SockContext},
+};
 use socket::context::{V4, V6};
 
 macro_rules! hooks {
@@ -29,6 +32,11 @@ hooks! {
     recvmsg6 = recvmsg::<V6>;
     getpeername4 = getpeername::<V4>;
     getpeername6 = getpeername::<V6>;
+}
+
+#[cgroup_sock(sock_release)]
+fn sock_release(ctx: SockContext) -> i32 {
+    socket::release(&ctx)
 }
 
 macro_rules! iterators {

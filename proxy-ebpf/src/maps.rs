@@ -17,9 +17,9 @@ use aya_ebpf::{
 };
 use proxy_ebpf::{
     abi::{
-        Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, MemberWord, Meta,
-        Name, Peer, PeerKey, Policy, REASONS as REASON_COUNT, Reason, Service, SetWord, Slot,
-        Socket, Stats,
+        Addr, AffinityKey, AffinityValue, CONNECTION_ENTRIES, Connection, FrontendKey,
+        FrontendValue, Member, MemberWord, Meta, Name, Peer, PeerKey, Policy,
+        REASONS as REASON_COUNT, Reason, Service, SetWord, Slot, Socket, Stats,
     },
     lb::{Scope, Tables},
 };
@@ -51,6 +51,8 @@ static AFFINITY: LruHashMap<AffinityKey, AffinityValue> = LruHashMap::with_max_e
 static PEERS: LruHashMap<PeerKey, Peer> = LruHashMap::with_max_entries(1, 0);
 #[map]
 static OPTOUT: HashMap<u64, u32> = HashMap::with_max_entries(1, 0);
+#[map]
+static CONNECTIONS: Array<Connection> = Array::with_max_entries(CONNECTION_ENTRIES, BPF_F_MMAPABLE);
 #[btf_map]
 static SOCKETS: SkStorage<Socket> = SkStorage::new();
 
@@ -231,6 +233,69 @@ pub fn terms() -> Option<Terms> {
 #[inline(always)]
 pub fn is_opted_out(cgroup: u64) -> bool {
     OPTOUT.get_ptr(cgroup).is_some()
+}
+
+/// `if *word == 0 { *word = new }` in one instruction (v5.12, 5ffa25502b5a); what was there.
+///
+/// # Safety
+/// `word` points into a live map value and is aligned.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+unsafe fn claim(word: *mut u64, new: u64) -> u64 {
+    let found;
+    // SAFETY: an atomic exchange in memory that the caller vouches for; see `increment`.
+    unsafe {
+        core::arch::asm!("r0 = cmpxchg_64({word} + 0, r0, {new})", word = in(reg) word, new = in(reg) new, inout("r0") 0_u64 => found);
+    }
+    found
+}
+
+/// The same for lints, which run for the host: it has no register of that name.
+#[cfg(not(target_arch = "bpf"))]
+unsafe fn claim(word: *mut u64, new: u64) -> u64 {
+    use core::sync::atomic::{AtomicU64, Ordering};
+    // SAFETY: as above.
+    let word = unsafe { AtomicU64::from_ptr(word) };
+    let claimed = word.compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed);
+    claimed.unwrap_or_else(|found| found)
+}
+
+/// The entry of CONNECTIONS that a socket of this cookie may have. Only its owner writes it.
+#[inline(always)]
+pub fn connection(cookie: u64) -> Option<&'static mut Connection> {
+    // SAFETY: an element of the array. Others compare its owner and change nothing but a free one's, atomically.
+    CONNECTIONS
+        .get_ptr_mut(Connection::index(cookie))
+        .and_then(|entry| unsafe { entry.as_mut() })
+}
+
+/// The same, made the socket's own; none when another socket has it.
+#[inline(always)]
+pub fn claimed_connection(cookie: u64) -> Option<&'static mut Connection> {
+    let entry = connection(cookie)?;
+    // SAFETY: a field of an element of the array.
+    let owner = unsafe { claim(&raw mut entry.owner, cookie) };
+    if owner == 0 || owner == cookie {
+        return Some(entry);
+    }
+    None
+}
+
+/// Frees the socket's entry of CONNECTIONS; false when it has none.
+#[inline(always)]
+pub fn free_connection(cookie: u64) -> bool {
+    let Some(entry) = connection(cookie) else {
+        return false;
+    };
+    // SAFETY: fields of an element of the array. Whoever claims it next finds it without flags until it is written.
+    unsafe {
+        if load(&raw const entry.owner) != cookie {
+            return false;
+        }
+        ptr::write_volatile(&raw mut entry.peer.flags, 0);
+        ptr::write_volatile(&raw mut entry.owner, 0);
+    }
+    true
 }
 
 /// The storage of the context's socket, if it has one. The kernel holds the socket's lock while a hook runs, so nobody

@@ -1,10 +1,11 @@
 //! What a socket was translated from, and when a choice made for it still stands.
 //!
-//! A socket keeps [`SOCKET_PEERS`](crate::abi::SOCKET_PEERS) translations in its own storage; the programs put more into
-//! PEERS. Here is the decision over one socket's storage; the hooks of one socket run under its lock.
+//! A connected TCP socket has an entry of CONNECTIONS, found by its cookie. Every other one keeps
+//! [`SOCKET_PEERS`](crate::abi::SOCKET_PEERS) translations in its own storage; the programs put more into PEERS. Here is the
+//! decision over one socket's entry or storage; the hooks of one socket run under its lock.
 
 use crate::{
-    abi::{Addr, Be16, Peer, PeerKey, Socket, UDP, peer_flags},
+    abi::{Addr, Be16, CONNECTION_ENTRIES, Connection, Peer, PeerKey, Socket, UDP, peer_flags},
     lb::{Backend, Hit, Request, Tables, still_serves},
 };
 
@@ -138,6 +139,29 @@ impl Peer {
             by: PeerKey::BY_BACKEND,
             pad: 0,
         }
+    }
+}
+
+impl Connection {
+    /// Index of the entry that a socket may have.
+    #[inline(always)]
+    pub const fn index(cookie: u64) -> u32 {
+        cookie as u32 & (CONNECTION_ENTRIES - 1)
+    }
+
+    /// Records what `connect()` chose for the socket that has this entry.
+    #[inline(always)]
+    pub const fn connect(&mut self, request: &Request, backend: &Backend) {
+        self.netns_cookie = request.netns_cookie;
+        self.peer
+            .record(request, backend, peer_flags::USED | peer_flags::CONNECTED);
+    }
+
+    /// The peer, if this is the socket's entry and the kernel's idea of its peer is the same. `connect(AF_UNSPEC)` runs no
+    /// hook that could free it.
+    #[inline(always)]
+    pub fn connected_to(&self, cookie: u64, addr: &Addr, port: Be16) -> Option<&Peer> {
+        (self.owner == cookie && self.peer.is_from(addr, port)).then_some(&self.peer)
     }
 }
 

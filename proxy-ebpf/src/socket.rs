@@ -11,10 +11,10 @@ use aya_ebpf::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_get_prandom_u32,
         bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval,
     },
-    programs::SockAddrContext,
+    programs::{SockAddrContext, SockContext},
 };
 use proxy_ebpf::{
-    abi::{Addr, Be16, Peer, Reason, Socket, UDP, meta_flags, peer_flags},
+    abi::{Addr, Be16, Peer, Reason, Socket, TCP, UDP, meta_flags, peer_flags},
     lb::{self, Backend, Hit, Request, Verdict},
 };
 
@@ -128,8 +128,9 @@ fn finish(end: End) -> i32 {
 #[inline(always)]
 pub fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     let end = connect_or_not::<F>(ctx);
-    // The socket is no longer connected to what its storage says.
+    // The socket is no longer connected to what its entry or its storage says.
     if !end.refuse && end.reason as u32 != Reason::Connected as u32 {
+        maps::free_connection(cookie(ctx));
         maps::forget(sk(ctx));
     }
     finish(end)
@@ -161,11 +162,24 @@ fn connect_or_not<F: Family>(ctx: &SockAddrContext) -> End {
 
 #[inline(always)]
 fn connect_to<F: Family>(ctx: &SockAddrContext, request: &Request, backend: &Backend) -> End {
+    if request.protocol == TCP {
+        // Socket storage is what a connection would pay most for (docs/adr/0005); it is for when two sockets want one entry.
+        if let Some(connection) = maps::claimed_connection(cookie(ctx)) {
+            connection.connect(request, backend);
+            return connected::<F>(ctx, request, backend);
+        }
+        maps::count(Reason::EntryTaken);
+    }
     // Without a record of it, recvmsg and getpeername would show the backend.
     let Some(socket) = maps::socket_or_new(ctx) else {
         return go_on(Reason::NoStorage);
     };
     socket.connect(request, backend);
+    connected::<F>(ctx, request, backend)
+}
+
+#[inline(always)]
+fn connected<F: Family>(ctx: &SockAddrContext, request: &Request, backend: &Backend) -> End {
     rewrite::<F>(ctx, &backend.addr, backend.port);
     maps::count_for(backend.service, Counter::Connections);
     log::translated(request, &backend.addr, backend.port);
@@ -310,14 +324,35 @@ fn show_sender<F: Family>(ctx: &SockAddrContext) -> Reason {
 /// `getpeername()`.
 #[inline(always)]
 pub fn getpeername<F: Family>(ctx: &SockAddrContext) -> i32 {
+    maps::count(show_peer::<F>(ctx));
+    PROCEED
+}
+
+#[inline(always)]
+fn show_peer<F: Family>(ctx: &SockAddrContext) -> Reason {
+    let (addr, port, cookie) = (F::addr(ctx), port(ctx), cookie(ctx));
+    let connection = maps::connection(cookie);
+    if let Some(peer) = connection.and_then(|entry| entry.connected_to(cookie, &addr, port)) {
+        rewrite::<F>(ctx, &peer.vip, peer.vip_port);
+        return Reason::PeerNameTranslated;
+    }
     let socket = maps::socket(ctx);
-    let reason = match socket.and_then(|socket| socket.connected_to(&F::addr(ctx), port(ctx))) {
-        Some(peer) => {
-            rewrite::<F>(ctx, &peer.vip, peer.vip_port);
-            Reason::PeerNameTranslated
-        }
-        None => Reason::ReplyUntouched,
-    };
-    maps::count(reason);
+    if let Some(peer) = socket.and_then(|socket| socket.connected_to(&addr, port)) {
+        rewrite::<F>(ctx, &peer.vip, peer.vip_port);
+        return Reason::PeerNameTranslated;
+    }
+    Reason::ReplyUntouched
+}
+
+/// The last handle to a socket is closed. The kernel's own sockets and MPTCP's subflows end without this hook: their entries
+/// stay taken.
+#[inline(always)]
+pub fn release(ctx: &SockContext) -> i32 {
+    // SAFETY: the context of a hook that may ask.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    maps::count(match maps::free_connection(cookie) {
+        true => Reason::Closed,
+        false => Reason::CloseUntouched,
+    });
     PROCEED
 }

@@ -23,12 +23,13 @@ use proxy_agent::backends::ebpf::{
     load::{Constants, Loaded, Object},
     maps::per_cpu_totals,
     sys,
-    tables::{Fds, Tables, hash},
+    tables::{Fds, Tables, array, hash},
 };
 use proxy_ebpf::{
     abi::{
-        ABI_VERSION, Addr, Be16, FrontendKey, FrontendValue, Member, MemberWord, Meta, Plain,
-        Policy, Reason, Service, SetWord, Slot, Socket, SocketRecord, Stats, kind, meta_flags,
+        ABI_VERSION, Addr, Be16, Connection, FrontendKey, FrontendValue, Member, MemberWord, Meta,
+        Plain, Policy, Reason, Service, SetWord, Slot, Socket, SocketRecord, Stats, kind,
+        meta_flags,
     },
     lb::Scope,
 };
@@ -52,6 +53,9 @@ pub const BACKENDS_V6: [&str; 4] = [
 /// The node's own.
 pub const NODE: [&str; 2] = ["192.168.0.2", "fd00:192:168::2"];
 
+/// Counted whenever a socket closes.
+const ENDS: [Reason; 2] = [Reason::Closed, Reason::CloseUntouched];
+
 /// Programs, maps and cgroup of one test. The process is in the cgroup while this lives.
 pub struct Programs {
     fds: Fds,
@@ -71,12 +75,19 @@ pub fn with_programs(
     test: impl FnOnce(&mut Programs) -> anyhow::Result<()> + Send,
 ) -> anyhow::Result<()> {
     let work = || {
+        // First of all: tools that are run here would be in the cgroup of the test before.
+        let turn = take_turn()?;
         unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
         make_network()?;
-        test(&mut Programs::attach()?)
+        test(&mut Programs::attach(turn)?)
     };
     thread::scope(|scope| scope.spawn(work).join())
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn take_turn() -> anyhow::Result<Flock<File>> {
+    Flock::lock(File::open(cgroup2_root()?)?, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| anyhow::Error::from(errno).context("cannot wait for my turn"))
 }
 
 /// The object of this build.
@@ -126,10 +137,8 @@ fn make_network() -> anyhow::Result<()> {
 }
 
 impl Programs {
-    fn attach() -> anyhow::Result<Self> {
+    fn attach(turn: Flock<File>) -> anyhow::Result<Self> {
         let root = cgroup2_root()?;
-        let turn = Flock::lock(File::open(&root)?, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| anyhow::Error::from(errno).context("cannot wait for my turn"))?;
         let object = object(true, false)?;
         let fds = make_maps(&object)?;
         let loaded = object.load(&fds)?;
@@ -315,7 +324,8 @@ impl Programs {
         self.tables.stats.read(service)
     }
 
-    /// The counters of REASONS that changed since the last call, and by how much.
+    /// The counters of REASONS that changed since the last call, and by how much. Without the ends of sockets, which are where
+    /// a test drops them: see [`Programs::total`].
     pub fn counted(&mut self) -> anyhow::Result<Vec<(Reason, u64)>> {
         let map = self.fds.get("REASONS").context("no map REASONS")?;
         let now = per_cpu_totals(map)?;
@@ -323,8 +333,27 @@ impl Programs {
         let changes = Reason::ALL.iter().zip(&self.seen).enumerate();
         Ok(changes
             .map(|(index, (reason, now))| (*reason, now - before.get(index).copied().unwrap_or(0)))
-            .filter(|(_, change)| *change > 0)
+            .filter(|(reason, change)| *change > 0 && !ENDS.contains(reason))
             .collect())
+    }
+
+    /// A counter of REASONS.
+    pub fn total(&self, reason: Reason) -> anyhow::Result<u64> {
+        let totals = per_cpu_totals(self.fds.get("REASONS").context("no map REASONS")?)?;
+        Ok(totals[reason as usize])
+    }
+
+    /// The entries of CONNECTIONS that sockets have.
+    pub fn connections(&self) -> anyhow::Result<Vec<Connection>> {
+        let map = array(&self.fds, "CONNECTIONS", false)?;
+        let entries = (0..map.len()).map(|index| map.read::<Connection>(index));
+        Ok(entries.filter(|entry| entry.owner != 0).collect())
+    }
+
+    /// Gives the entry of the socket with this cookie to another one.
+    pub fn take_entry(&self, cookie: u64, connection: &Connection) -> anyhow::Result<()> {
+        array(&self.fds, "CONNECTIONS", true)?.write(Connection::index(cookie), connection);
+        Ok(())
     }
 
     /// Makes the choices of `socket` look as if they were used last this long ago.

@@ -308,7 +308,10 @@ fn sentence(reason: Reason) -> &'static str {
         | Reason::PeerOverflow
         | Reason::SocketDestroyed
         | Reason::ReplyUntouched
-        | Reason::AffinityHit => reason.name(),
+        | Reason::AffinityHit
+        | Reason::EntryTaken
+        | Reason::Closed
+        | Reason::CloseUntouched => reason.name(),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, io};
 
 use proxy_ebpf::{
-    abi::{MemberWord, SocketRecord},
+    abi::{Connection, MemberWord, Socket, SocketRecord},
     lb::{ATTEMPTS, Tables as _},
 };
 
@@ -71,12 +71,15 @@ pub fn read(maps: &PinnedMaps) -> Result<Contents, Error> {
     Ok(contents)
 }
 
-/// Every translated socket of the node: of each network namespace that can be entered.
+/// Every translated socket of the node: those of CONNECTIONS, and in each network namespace that can be entered those with
+/// storage.
 ///
 /// # Errors
 /// None can be listed, not even in the own namespace.
 pub fn sockets(maps: &PinnedMaps) -> Result<Vec<SocketRecord>, Error> {
-    let mut records = maps.sockets()?;
+    // First, and so the ones that stay: a socket may have storage from an earlier connection.
+    let mut records: Vec<SocketRecord> = maps.connections().map(record).collect();
+    records.extend(maps.sockets()?);
     let namespaces = namespaces::all();
     let listed = namespaces::visit(&namespaces, || maps.sockets().map_err(io::Error::other));
     for (path, listed) in namespaces.iter().zip(listed) {
@@ -90,6 +93,18 @@ pub fn sockets(maps: &PinnedMaps) -> Result<Vec<SocketRecord>, Error> {
     records.sort_by_key(|record| record.cookie);
     records.dedup_by_key(|record| record.cookie);
     Ok(records)
+}
+
+fn record(connection: Connection) -> SocketRecord {
+    let mut socket = Socket {
+        netns_cookie: connection.netns_cookie,
+        ..Socket::default()
+    };
+    socket.peers[0] = connection.peer;
+    SocketRecord {
+        cookie: connection.owner,
+        socket,
+    }
 }
 
 /// Entries and capacity of every map.

@@ -64,11 +64,17 @@ pub enum Reason {
     ReplyUntouched = 20,
     /// Affinity decided the backend.
     AffinityHit = 21,
+    /// A connection kept in socket storage because another socket has its entry of CONNECTIONS.
+    EntryTaken = 22,
+    /// A socket closed and gave up its entry of CONNECTIONS.
+    Closed = 23,
+    /// A socket without an entry of CONNECTIONS closed.
+    CloseUntouched = 24,
 }
 
 impl Reason {
     /// All of them, by index.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 25] = [
         Self::Connected,
         Self::Sent,
         Self::ReplyTranslated,
@@ -91,6 +97,9 @@ impl Reason {
         Self::SocketDestroyed,
         Self::ReplyUntouched,
         Self::AffinityHit,
+        Self::EntryTaken,
+        Self::Closed,
+        Self::CloseUntouched,
     ];
 
     /// The name used in metrics and dumps.
@@ -118,6 +127,9 @@ impl Reason {
             Self::SocketDestroyed => "socket_destroyed",
             Self::ReplyUntouched => "reply_untouched",
             Self::AffinityHit => "affinity_hit",
+            Self::EntryTaken => "entry_taken",
+            Self::Closed => "closed",
+            Self::CloseUntouched => "close_untouched",
         }
     }
 }

@@ -90,6 +90,22 @@ pub mod peer_flags {
 /// Translations kept in a socket's own storage; more go to PEERS.
 pub const SOCKET_PEERS: usize = 4;
 
+/// Entries of CONNECTIONS, a power of two: a socket's is its cookie modulo this. Frozen.
+pub const CONNECTION_ENTRIES: u32 = 1 << 16;
+
+/// Value of CONNECTIONS: the translation of a connected TCP socket. 80 bytes. Frozen. Written by the programs; given up when
+/// the socket closes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Connection {
+    /// `bpf_get_socket_cookie` of the socket that has this entry; 0 = it is free.
+    pub owner: u64,
+    /// The client's network namespace.
+    pub netns_cookie: u64,
+    /// What `connect()` chose.
+    pub peer: Peer,
+}
+
 /// Value of SOCKETS (SK_STORAGE). 272 bytes. Frozen. Written by the programs; dies with the socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -139,6 +155,7 @@ plain! {
     AffinityKey { client: Addr, service: u32, pad: u32 } = 24;
     AffinityValue { last_used_ns: u64, member: u32, generation: u32, slot: u32, check: u16, pad: u16, reserved: u64 } = 32;
     Peer { vip: Addr, backend: Addr, vip_port: Be16, backend_port: Be16, flags: u32, service: u32, member: u32, generation: u32, protocol: u32, last_used_ns: u64 } = 64;
+    Connection { owner: u64, netns_cookie: u64, peer: Peer } = 80;
     Socket { netns_cookie: u64, reserved: u64, peers: [Peer; SOCKET_PEERS] } = 272;
     SocketRecord { cookie: u64, socket: Socket } = 280;
     PeerKey { cookie: u64, addr: Addr, port: Be16, by: u16, pad: u32 } = 32;

@@ -200,6 +200,25 @@ fn a_disconnected_socket_is_not_taken_for_connected() {
 }
 
 #[test]
+fn an_entry_is_its_owners_and_only_while_the_kernel_agrees() {
+    let fake = Fake::of_members(2);
+    let (chosen, other) = (backend(&fake, 0), backend(&fake, 1));
+    let mut entry = Connection {
+        owner: 7,
+        ..Connection::default()
+    };
+    assert_eq!(entry.connected_to(7, &chosen.addr, chosen.port), None);
+    entry.connect(&to("10.96.0.1", 80), &chosen);
+    let peer = entry.connected_to(7, &chosen.addr, chosen.port);
+    assert_eq!(peer.map(|peer| peer.vip), Some(addr("10.96.0.1")));
+    assert_eq!(entry.connected_to(8, &chosen.addr, chosen.port), None);
+    assert_eq!(entry.connected_to(7, &other.addr, other.port), None);
+    assert_ne!(Connection::index(7), Connection::index(8));
+    let same = 7 + u64::from(CONNECTION_ENTRIES);
+    assert_eq!(Connection::index(7), Connection::index(same));
+}
+
+#[test]
 fn a_member_that_is_another_endpoint_now_does_not_keep_a_choice() {
     let mut fake = Fake::of_members(1);
     let mut socket = Socket::default();

@@ -20,6 +20,8 @@ use crate::backends::Error;
 /// One place in the kernel where a program of ours runs, and the name of that program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hook {
+    /// A socket is closed.
+    SockRelease,
     /// getpeername() on an IPv4 socket.
     GetPeerName4,
     /// getpeername() on an IPv6 socket.
@@ -55,7 +57,8 @@ pub enum Place {
 
 impl Hook {
     /// In the order in which they are attached or moved: whoever undoes a translation is there before whoever makes it.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
+        Self::SockRelease,
         Self::GetPeerName4,
         Self::GetPeerName6,
         Self::RecvMsg4,
@@ -72,6 +75,7 @@ impl Hook {
     /// Name of the program and of the pinned link.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::SockRelease => "sock_release",
             Self::GetPeerName4 => "getpeername4",
             Self::GetPeerName6 => "getpeername6",
             Self::RecvMsg4 => "recvmsg4",
@@ -89,6 +93,7 @@ impl Hook {
     /// Where it is attached.
     pub const fn place(self) -> Place {
         match self {
+            Self::SockRelease => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE),
             Self::GetPeerName4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME),
             Self::GetPeerName6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME),
             Self::RecvMsg4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG),

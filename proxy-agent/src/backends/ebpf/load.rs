@@ -248,6 +248,9 @@ impl Object {
         resolve_calls(&mut function.instructions, &self.kernel)
             .map_err(|name| Refusal::Missing(format!("the kernel does not have {name}")))?;
         let (prog_type, attach_type, attach_btf_id) = match hook.place() {
+            Place::Cgroup(hook @ bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE) => {
+                (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK, hook, 0)
+            }
             Place::Cgroup(hook) => (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, hook, 0),
             Place::Iterator(target) => {
                 let name = format!("bpf_iter_{target}");
@@ -315,7 +318,8 @@ fn left_out(hook: Hook, what: String) -> LeftOut {
             "; connected UDP sockets of a removed backend go on until the client notices by itself"
         }
         Hook::ListTcp | Hook::ListUdp => "; `dump sockets` does not show all",
-        Hook::GetPeerName4
+        Hook::SockRelease
+        | Hook::GetPeerName4
         | Hook::GetPeerName6
         | Hook::RecvMsg4
         | Hook::RecvMsg6

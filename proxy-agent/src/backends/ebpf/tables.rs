@@ -47,10 +47,7 @@ impl Tables {
     /// # Errors
     /// One is missing or of a wrong shape.
     pub fn new(fds: &Fds, writable: bool) -> Result<Self, Error> {
-        let array = |name| {
-            let wrong = |error| refused("map", format_args!("map {name}"), error);
-            Array::new(handle(fds, name)?, writable).map_err(wrong)
-        };
+        let array = |name| array(fds, name, writable);
         Ok(Self {
             services: array("SERVICES")?,
             slots: array("SLOTS")?,
@@ -114,6 +111,15 @@ pub fn handle(fds: &Fds, name: &str) -> Result<OwnedFd, Error> {
     let fd = fds.get(name).ok_or_else(missing)?;
     fd.try_clone()
         .map_err(|error| refused("duplicate", format_args!("map {name}"), error))
+}
+
+/// The array called `name`, mapped.
+///
+/// # Errors
+/// It is missing or cannot be mapped.
+pub fn array(fds: &Fds, name: &str, writable: bool) -> Result<Array, Error> {
+    let wrong = |error| refused("map", format_args!("map {name}"), error);
+    Array::new(handle(fds, name)?, writable).map_err(wrong)
 }
 
 /// The hash called `name`.

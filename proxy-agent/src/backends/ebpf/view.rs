@@ -8,8 +8,9 @@ use std::{
 
 use proxy_ebpf::{
     abi::{
-        Addr, AffinityKey, AffinityValue, FrontendKey, FrontendValue, Member, Meta, Name, Peer,
-        PeerKey, Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats,
+        Addr, AffinityKey, AffinityValue, Connection, FrontendKey, FrontendValue, Member, Meta,
+        Name, Peer, PeerKey, Policy, Reason, Service, SetWord, Slot, SocketRecord, Stats,
+        peer_flags,
     },
     lb::{self, Scope},
 };
@@ -18,11 +19,11 @@ use super::{
     dir::Directory,
     kernel,
     links::{self, Hook, Place},
-    maps::{Hash, per_cpu_totals},
+    maps::{Array, Hash, per_cpu_totals},
     refused::refused,
     store::Capacity,
     sys,
-    tables::{Fds, Tables, handle, hash, opted_out},
+    tables::{Fds, Tables, array, handle, hash, opted_out},
 };
 use crate::backends::Error;
 
@@ -32,6 +33,7 @@ pub struct PinnedMaps {
     fds: Fds,
     tables: Tables,
     affinity: Hash<AffinityKey, AffinityValue>,
+    connections: Array,
 }
 
 /// One pinned map.
@@ -89,6 +91,7 @@ impl PinnedMaps {
             links: bpf_dir.join("links"),
             tables: Tables::new(&fds, false)?,
             affinity: hash(&fds, "AFFINITY")?,
+            connections: array(&fds, "CONNECTIONS", false)?,
             fds,
         })
     }
@@ -158,7 +161,14 @@ impl PinnedMaps {
         hash(&self.fds, "PEERS")?.entries()
     }
 
-    /// Every translated socket of the calling thread's network namespace.
+    /// The entries of CONNECTIONS that sockets have.
+    pub fn connections(&self) -> impl Iterator<Item = Connection> {
+        (0..self.connections.len())
+            .map(|index| self.connections.read::<Connection>(index))
+            .filter(|entry| entry.owner != 0 && entry.peer.flags & peer_flags::USED != 0)
+    }
+
+    /// Every socket with storage of ours in the calling thread's network namespace.
     ///
     /// # Errors
     /// As above, or the kernel refused an iterator over sockets.
@@ -225,6 +235,7 @@ impl PinnedMaps {
             "LOCAL_ADDRS" => count(tables.addresses.entries()?.len()),
             "AFFINITY" => count(self.affinity.entries()?.len()),
             "PEERS" => count(self.peers()?.len()),
+            "CONNECTIONS" => count(self.connections().count()),
             "OPTOUT" => count(self.opt_out()?.len()),
             "SERVICES" => Some(tables.services.used()),
             "NAMES" => Some(tables.names.used()),
