@@ -13,7 +13,7 @@ use aya_ebpf::{
     bindings::seq_file,
     helpers::{bpf_get_socket_cookie, bpf_probe_read_kernel, bpf_seq_write},
 };
-use proxy_ebpf::abi::{Addr, Be16, Peer, Reason};
+use proxy_ebpf::abi::{Addr, Be16, Peer, Reason, meta_flags};
 
 use crate::maps::{self, Maps};
 
@@ -83,7 +83,8 @@ pub fn list(ctx: *const SocketContext) -> i32 {
 #[inline(always)]
 pub fn kill_dead(ctx: *const SocketContext) -> i32 {
     let sk = socket(ctx);
-    if sk.is_null() {
+    let is_bound = maps::terms().is_some_and(|terms| terms.flags & meta_flags::UNBOUND == 0);
+    if sk.is_null() || !is_bound {
         return 0;
     }
     // SAFETY: `sk` is not null, and locked by this iterator (v6.5, 7625d2e9741c).
@@ -102,6 +103,26 @@ pub fn kill_dead(ctx: *const SocketContext) -> i32 {
         }
         maps::count(Reason::SocketDestroyed);
     }
+    0
+}
+
+/// Names the members anew that a socket knows, after a repair that could not keep their indices.
+#[inline(always)]
+pub fn bind(ctx: *const SocketContext) -> i32 {
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return 0;
+    }
+    // SAFETY: `sk` is not null, and locked as in `kill_dead`.
+    let Some(socket) = (unsafe { maps::socket_of(sk) }) else {
+        return 0;
+    };
+    // No loop; see `peers::Candidate`.
+    let [a, b, c, d] = &mut socket.peers;
+    a.bind(&Maps, maps::binding);
+    b.bind(&Maps, maps::binding);
+    c.bind(&Maps, maps::binding);
+    d.bind(&Maps, maps::binding);
     0
 }
 

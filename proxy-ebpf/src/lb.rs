@@ -133,6 +133,20 @@ pub fn find<T: Tables>(tables: &T, request: &Request) -> Result<Hit, Verdict> {
     })
 }
 
+/// The service that has a frontend at an address which was translated once: by its own name, or as a node's address.
+#[inline(always)]
+pub fn service_at<T: Tables>(tables: &T, addr: Addr, port: Be16, protocol: u8) -> Option<u32> {
+    let exact = lookup(tables, &FrontendKey::new(addr, port, protocol));
+    let value = match exact {
+        Some(value) => Some(value),
+        None => lookup(
+            tables,
+            &FrontendKey::new(addr.unspecified(), port, protocol),
+        ),
+    };
+    value.map(FrontendValue::service)
+}
+
 #[inline(always)]
 fn find_address<T: Tables>(tables: &T, request: &Request) -> Option<FrontendValue> {
     // Node ports are filed under it; to a client it means its own loopback.

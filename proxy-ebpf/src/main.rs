@@ -53,6 +53,7 @@ iterators! {
     list_tcp = list in "iter/tcp";
     list_udp = list in "iter/udp";
     kill_dead = kill_dead in "iter/udp";
+    bind_udp = bind in "iter/udp";
 }
 
 /// The kernel functions used here are GPL-only, some of them.

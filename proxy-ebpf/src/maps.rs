@@ -17,8 +17,8 @@ use aya_ebpf::{
 };
 use proxy_ebpf::{
     abi::{
-        Addr, AffinityKey, AffinityValue, CONNECTION_ENTRIES, Connection, FrontendKey,
-        FrontendValue, Member, MemberWord, Meta, Name, Peer, PeerKey, Policy,
+        Addr, AffinityKey, AffinityValue, Binding, BindingKey, CONNECTION_ENTRIES, Connection,
+        FrontendKey, FrontendValue, Member, MemberWord, Meta, Name, Peer, PeerKey, Policy,
         REASONS as REASON_COUNT, Reason, Service, SetWord, Slot, Socket, Stats,
     },
     lb::{Scope, Tables},
@@ -51,6 +51,9 @@ static AFFINITY: LruHashMap<AffinityKey, AffinityValue> = LruHashMap::with_max_e
 static PEERS: LruHashMap<PeerKey, Peer> = LruHashMap::with_max_entries(1, 0);
 #[map]
 static OPTOUT: HashMap<u64, u32> = HashMap::with_max_entries(1, 0);
+/// Of one entry: the agent puts a larger one in its place for `bind_udp`.
+#[map]
+static BINDINGS: HashMap<BindingKey, Binding> = HashMap::with_max_entries(1, 0);
 #[map]
 static CONNECTIONS: Array<Connection> = Array::with_max_entries(CONNECTION_ENTRIES, BPF_F_MMAPABLE);
 #[btf_map]
@@ -227,6 +230,13 @@ pub fn terms() -> Option<Terms> {
             lease_ns: load(&raw const (*meta).lease_ns),
         })
     }
+}
+
+/// BINDINGS.
+#[inline(always)]
+pub fn binding(key: &BindingKey) -> Option<Binding> {
+    // SAFETY: a value that the lookup returned; nobody changes it while the program is in use.
+    BINDINGS.get_ptr(key).map(|value| unsafe { *value })
 }
 
 /// Whether this cgroup is excluded.

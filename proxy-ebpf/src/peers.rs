@@ -5,8 +5,11 @@
 //! decision over one socket's entry or storage; the hooks of one socket run under its lock.
 
 use crate::{
-    abi::{Addr, Be16, CONNECTION_ENTRIES, Connection, Peer, PeerKey, Socket, UDP, peer_flags},
-    lb::{Backend, Hit, Request, Tables, still_serves},
+    abi::{
+        Addr, Be16, Binding, BindingKey, CONNECTION_ENTRIES, Connection, Peer, PeerKey, Socket,
+        UDP, peer_flags,
+    },
+    lb::{Backend, Hit, Request, Tables, service_at, still_serves},
 };
 
 /// Idle time after which an unconnected socket's choice is made anew, as conntrack forgets a stream of datagrams
@@ -98,6 +101,36 @@ impl Peer {
             }
             None => false,
         }
+    }
+
+    /// Names the member anew after a repair that could not keep the indices: the endpoint is the same as before. Without a
+    /// binding it is gone, and the peer stays as it is, naming nothing that serves.
+    #[inline(always)]
+    pub fn bind<T: Tables>(
+        &mut self,
+        tables: &T,
+        binding: impl FnOnce(&BindingKey) -> Option<Binding>,
+    ) {
+        // A choice made since the repair is right.
+        if !self.is_used() || self.is_served(tables) {
+            return;
+        }
+        let service = service_at(tables, self.vip, self.vip_port, self.protocol as u8);
+        let Some(service) = service else {
+            return;
+        };
+        let key = BindingKey {
+            addr: self.backend,
+            service,
+            port: self.backend_port,
+            pad: 0,
+        };
+        let Some(found) = binding(&key) else {
+            return;
+        };
+        self.service = service;
+        self.member = found.member;
+        self.generation = found.generation;
     }
 
     /// Records a choice.

@@ -27,9 +27,9 @@ use proxy_agent::backends::ebpf::{
 };
 use proxy_ebpf::{
     abi::{
-        ABI_VERSION, Addr, Be16, Connection, FrontendKey, FrontendValue, Member, MemberWord, Meta,
-        Plain, Policy, Reason, Service, SetWord, Slot, Socket, SocketRecord, Stats, kind,
-        meta_flags,
+        ABI_VERSION, Addr, Be16, Binding, BindingKey, Connection, FrontendKey, FrontendValue,
+        Member, MemberWord, Meta, Plain, Policy, Reason, Service, SetWord, Slot, Socket,
+        SocketRecord, Stats, kind, meta_flags,
     },
     lb::Scope,
 };
@@ -106,7 +106,9 @@ pub fn make_maps(object: &Object) -> anyhow::Result<Fds> {
             "SERVICES" | "NAMES" | "STATS" => SERVICES,
             "SLOTS" => SLOTS,
             "MEMBERS" => MEMBERS,
-            "FRONTENDS" | "VIPS" | "LOCAL_ADDRS" | "OPTOUT" | "AFFINITY" | "PEERS" => HASHES,
+            "FRONTENDS" | "VIPS" | "LOCAL_ADDRS" | "OPTOUT" | "AFFINITY" | "PEERS" | "BINDINGS" => {
+                HASHES
+            }
             _ => spec.max_entries,
         };
         let fd = match object.constants(name) {
@@ -379,6 +381,29 @@ impl Programs {
     /// Runs the iterator `kill_dead` in the network namespace of the calling thread.
     pub fn kill_dead(&self) -> anyhow::Result<()> {
         let records = self.iterate::<u64>(Hook::KillDead)?;
+        ensure!(records.is_empty(), "{records:?}");
+        Ok(())
+    }
+
+    /// Runs the iterator `bind_udp` in the network namespace of the calling thread, for these members.
+    pub fn bind(&self, members: &[u32]) -> anyhow::Result<()> {
+        let entry = |index: &u32| {
+            let member: Member = self.tables.members.read(*index);
+            let key = BindingKey {
+                addr: member.addr,
+                service: member.service,
+                port: member.port,
+                pad: 0,
+            };
+            let binding = Binding {
+                member: *index,
+                generation: member.word.generation(),
+            };
+            (key, binding)
+        };
+        let entries: Vec<_> = members.iter().map(entry).collect();
+        hash(&self.fds, "BINDINGS")?.upsert(&entries)?;
+        let records = self.iterate::<u64>(Hook::BindUdp)?;
         ensure!(records.is_empty(), "{records:?}");
         Ok(())
     }

@@ -118,7 +118,7 @@ pub fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
     Ok(())
 }
 
-/// The reaper's process: a round for each request on standard input, until that ends. `bpf_dir` holds the pinned iterator.
+/// The reaper's process: a round for each request on standard input, until that ends. `bpf_dir` holds the pinned iterators.
 ///
 /// # Errors
 /// A sentence that says what failed.
@@ -126,8 +126,7 @@ pub fn run(bpf_dir: &Path) -> Result<(), String> {
     prctl::set_pdeathsig(Signal::SIGKILL)
         .map_err(|errno| format!("cannot ask to end with the agent: {errno}"))?;
     keep_only_needed().map_err(|error| format!("cannot drop capabilities: {error}"))?;
-    let iterator = bpf_dir.join("links").join(Hook::KillDead.name());
-    serve(&iterator).map_err(|error| format!("cannot read requests: {error}"))
+    serve(&bpf_dir.join("links")).map_err(|error| format!("cannot read requests: {error}"))
 }
 
 fn keep_only_needed() -> Result<(), caps::errors::CapsError> {
@@ -141,18 +140,18 @@ fn keep_only_needed() -> Result<(), caps::errors::CapsError> {
     caps::set(None, CapSet::Permitted, &kept)
 }
 
-fn serve(iterator: &Path) -> io::Result<()> {
+fn serve(links: &Path) -> io::Result<()> {
     let mut requests = io::stdin().lock();
     let mut hidden = BTreeSet::new();
     let mut buffer = [0; 4096];
     while requests.read(&mut buffer)? > 0 {
         loop {
-            reap(iterator, &mut hidden);
+            reap(links, &mut hidden);
             let stdin = io::stdin();
             let mut waiting = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
             let again = PollTimeout::try_from(AGAIN).unwrap_or(PollTimeout::ZERO);
             if poll(&mut waiting, again)? == 0 {
-                reap(iterator, &mut hidden);
+                reap(links, &mut hidden);
                 break;
             }
             if requests.read(&mut buffer)? == 0 {
@@ -164,15 +163,27 @@ fn serve(iterator: &Path) -> io::Result<()> {
 }
 
 /// One round. `hidden` are the namespaces that could not be entered, each told once.
-fn reap(iterator: &Path, hidden: &mut BTreeSet<PathBuf>) {
+fn reap(links: &Path, hidden: &mut BTreeSet<PathBuf>) {
+    let binder = links.join(Hook::BindUdp.name());
+    if binder.exists() {
+        read_everywhere(&binder, hidden);
+        // Its absence tells the agent that it was read.
+        if let Err(error) = fs::remove_file(&binder) {
+            tracing::error!(pin = %binder.display(), %error, "cannot remove");
+        }
+    }
+    read_everywhere(&links.join(Hook::KillDead.name()), hidden);
+}
+
+/// Reading an iterator is what makes it work.
+fn read_everywhere(iterator: &Path, hidden: &mut BTreeSet<PathBuf>) {
     // Kernels that lack it were told of when the programs were loaded.
     if !iterator.exists() {
         return;
     }
     let namespaces = namespaces::all();
-    // Reading the iterator is what ends them.
-    let killed = namespaces::visit(&namespaces, || fs::read(iterator).map(drop));
-    for (path, result) in namespaces.into_iter().zip(killed) {
+    let results = namespaces::visit(&namespaces, || fs::read(iterator).map(drop));
+    for (path, result) in namespaces.into_iter().zip(results) {
         match result {
             // Gone meanwhile, with its sockets.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -12,7 +12,10 @@ use tokio::sync::watch;
 
 use super::{exclude::Exclusions, reaper, self_test, servers};
 use crate::{
-    backends::ebpf::{EbpfBackend, kernel::KernelStore},
+    backends::ebpf::{
+        EbpfBackend,
+        kernel::{KernelStore, bind::Bound},
+    },
     compile::Compiler,
     metrics::Metrics,
     model::{Model, NodeName, Update},
@@ -154,6 +157,20 @@ struct Tending {
 }
 
 impl Tending {
+    /// Sockets whose members a repair gave other indices.
+    fn bind(&mut self, store: &mut KernelStore) {
+        match store.bind_sockets() {
+            Ok(Bound::Already | Bound::Waiting) => {}
+            Ok(Bound::Asked | Bound::Done) => self.reaper.ask(),
+            Err(error) => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "cannot lead UDP sockets to their backends; trying again"
+                );
+            }
+        }
+    }
+
     fn tend(&mut self, backend: &mut EbpfBackend<KernelStore>, status: &SyncStatus) {
         if backend.take_udp_retired() {
             self.reaper.ask();
@@ -172,6 +189,7 @@ impl Tending {
         if status.is_synced {
             // The heartbeat vouches for a complete state, so it waits for the first one (docs/ARCHITECTURE.md).
             backend.store().heartbeat();
+            self.bind(backend.store_mut());
             if !self.has_told {
                 self.has_told = true;
                 servers::tell_mode(backend.store().left_out(), &self.metrics);

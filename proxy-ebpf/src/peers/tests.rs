@@ -244,3 +244,34 @@ fn only_connected_datagram_sockets_of_gone_backends_are_dead() {
     kill(&mut fake, 0);
     assert_eq!(dead(&fake), [true, false, false]);
 }
+
+#[test]
+fn a_peer_is_led_to_its_member_by_service_address_and_port() {
+    let mut fake = Fake::of_members(2);
+    let chosen = backend(&fake, 0);
+    let mut socket = Socket::default();
+    let request = to("10.96.0.1", 80);
+    send(&mut socket, &request, &chosen);
+    let lost = socket.peers[0];
+    // Indices were given anew: the endpoint is member 9, of whatever service has the frontend.
+    let member = fake.members.remove(&0).unwrap();
+    fake.members.insert(9, member);
+    let binding = |key: &BindingKey| {
+        let expected = (chosen.addr, chosen.port, 1);
+        ((key.addr, key.port, key.service) == expected).then_some(Binding {
+            member: 9,
+            generation: chosen.generation,
+        })
+    };
+    let mut peer = lost;
+    peer.bind(&fake, |_| None);
+    assert_eq!(peer, lost, "gone");
+    peer.bind(&Fake::default(), binding);
+    assert_eq!(peer, lost, "no frontend");
+    peer.bind(&fake, binding);
+    assert_eq!((peer.service, peer.member), (1, 9));
+    assert!(peer.stands(&fake, &request, HIT));
+    let bound = peer;
+    peer.bind(&fake, |_| panic!("it is right already"));
+    assert_eq!(peer, bound);
+}

@@ -1,12 +1,13 @@
 //! Generation swaps: growth, repair, another ABI. What sockets and clients have stays.
 
-use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context, ensure};
 use proxy_tests::{
     Scenario, Service,
     peer::{PATIENCE, Socket},
     scenario::{TCP, UDP, each_family, reaches},
+    wait_for,
 };
 
 /// Sockets that were open before, and the endpoint that a client with affinity had chosen.
@@ -137,6 +138,45 @@ fn a_repair_leaves_sockets_alone() {
         s.agent.wait_ready()?;
         ensure!(generations(s)? != old, "no new generation: {old:?}");
         before.check(s)
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_repair_that_loses_the_indices_leaves_sockets_alone() {
+    each_family("lost-ids", |s| {
+        let before = Before::open(s)?;
+        let log = s.agent.log().len();
+        s.agent.kill9()?;
+        for generation in generations(s)? {
+            std::fs::remove_file(s.a.bpf_dir().join(generation).join("MEMBERS"))?;
+        }
+        // Endpoints whose indices come first now.
+        let [near, far] = [&s.near, &s.far].map(|pod| s.endpoint(pod));
+        s.manifests
+            .put(&s.service("another", 3).endpoint(near).endpoint(far))?;
+        s.agent.spawn()?;
+        s.agent.wait_ready()?;
+        before.check(s)?;
+        wait_for(
+            "sockets know their backends",
+            Duration::from_secs(5),
+            || {
+                let log = s.agent.log().split_off(log);
+                ensure!(log.contains("by the new indices"), "{log}");
+                Ok(())
+            },
+        )?;
+        before.check(s)?;
+        ensure!(!s.a.bpf_dir().join("links/bind_udp").exists());
+        // And an endpoint that goes now is noticed.
+        s.manifests.put(&s.service("web", 1))?;
+        s.settle()?;
+        wait_for("an error", Duration::from_secs(1), || {
+            let answer = before.connected.ask();
+            ensure!(answer.is_err(), "{answer:?}");
+            Ok(())
+        })
     });
 }
 

@@ -16,7 +16,7 @@ use nix::{
     },
 };
 use proxy_ebpf::{
-    abi::{Policy, Reason, TCP, UDP, frontend_flags, kind, node_address_flags},
+    abi::{Policy, Reason, TCP, UDP, frontend_flags, kind, meta_flags, node_address_flags},
     lb::Scope,
 };
 use proxy_tests::programs::{
@@ -119,7 +119,7 @@ fn every_program_passes_the_verifier() -> anyhow::Result<()> {
         let object = programs::object(can_refuse, log)?;
         let loaded = object.load(&programs::make_maps(&object)?)?;
         assert_eq!(loaded.left_out, [], "refuse {can_refuse}, log {log}");
-        assert_eq!(loaded.programs.len(), 12);
+        assert_eq!(loaded.programs.len(), 13);
     }
     Ok(())
 }
@@ -645,6 +645,64 @@ fn a_connected_socket_of_a_dead_backend_is_destroyed() -> anyhow::Result<()> {
             let (index, _) = receive(&servers[1..])?;
             assert_eq!(index, 0);
             assert_eq!(ask(&sender, vip, &servers[1..])?, (0, vip));
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn sockets_are_led_to_their_members_when_indices_were_lost() -> anyhow::Result<()> {
+    for (family, client, wants_mapped) in [(0, 0, false), (1, 1, false), (0, 1, true)] {
+        with_programs(|programs| {
+            serve(programs, family, 2)?;
+            let servers = udp_servers(programs, family, 2)?;
+            let vip = at(VIPS[family], 53);
+            let vip = if wants_mapped { mapped(vip) } else { vip };
+            let chosen = |programs: &mut Programs, wanted: usize| -> anyhow::Result<UdpSocket> {
+                set_backends(programs, family, wanted..wanted + 1);
+                let socket = udp_socket(WILDCARDS[client])?;
+                socket.connect(vip)?;
+                Ok(socket)
+            };
+            let (stays, goes) = (chosen(programs, 0)?, chosen(programs, 1)?);
+            set_backends(programs, family, 0..1);
+            let sender = udp_socket(WILDCARDS[client])?;
+            assert_eq!(ask(&sender, vip, &servers)?, (0, vip));
+            // A repair: another service, other members, and the second endpoint is gone.
+            programs.set_meta(|meta| meta.flags |= meta_flags::UNBOUND);
+            let backends: Vec<_> = [(7, 0), (8, 2), (9, 3)]
+                .map(|(member, index)| (member, at(BACKENDS[family][index], 8080)))
+                .into();
+            programs.retire(1);
+            programs.retire(2);
+            programs.set_backends(SERVICE + 1, &backends, 0, Policy::new(0, 0));
+            programs.add_cluster_ip(SERVICE + 1, at(VIPS[family], 53), UDP)?;
+            programs.counted()?;
+            programs.kill_dead()?;
+            assert_eq!(
+                programs.counted()?,
+                [],
+                "not while it is unknown who is dead"
+            );
+
+            programs.bind(&[7, 8, 9])?;
+            programs.set_meta(|meta| meta.flags &= !meta_flags::UNBOUND);
+            programs.kill_dead()?;
+            assert_eq!(programs.counted()?, [(Reason::SocketDestroyed, 1)]);
+            let error = goes.recv(&mut [0; 16]).unwrap_err();
+            assert_eq!(errno(&error), Some(Errno::ECONNABORTED));
+            assert_eq!(stays.peer_addr()?, vip);
+            for _ in 0..8 {
+                assert_eq!(ask(&sender, vip, &servers)?, (0, vip));
+            }
+            programs.counted()?;
+            programs.retire(7);
+            programs.kill_dead()?;
+            assert_eq!(programs.counted()?, [(Reason::SocketDestroyed, 1)]);
+            let error = stays.recv(&mut [0; 16]).unwrap_err();
+            assert_eq!(errno(&error), Some(Errno::ECONNABORTED));
             Ok(())
         })?;
     }

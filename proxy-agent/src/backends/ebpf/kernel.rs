@@ -20,6 +20,7 @@ use super::{
 use crate::backends::Error;
 
 mod as_store;
+pub mod bind;
 mod build;
 mod current;
 mod grace;
@@ -61,6 +62,8 @@ pub struct KernelStore {
     published: bool,
     left_out: Vec<LeftOut>,
     opt_out: BTreeSet<u64>,
+    /// The iterator that leads sockets to their members is pinned.
+    binding: bool,
     grace: Grace,
 }
 
@@ -98,6 +101,7 @@ impl KernelStore {
             published: false,
             left_out: Vec::new(),
             opt_out: BTreeSet::new(),
+            binding: false,
             grace,
         };
         store.take(found, &object)?;

@@ -36,6 +36,9 @@ pub enum Hook {
     ListUdp,
     /// Destroys the connected UDP sockets, of the reader's network namespace, whose backend is dead.
     KillDead,
+    /// Leads the UDP sockets of the reader's network namespace to their members after a repair that lost the indices. Attached
+    /// only then, for one reading of each namespace.
+    BindUdp,
     /// sendmsg() on an IPv4 socket.
     SendMsg4,
     /// sendmsg() on an IPv6 socket.
@@ -56,7 +59,7 @@ pub enum Place {
 }
 
 impl Hook {
-    /// In the order in which they are attached or moved: whoever undoes a translation is there before whoever makes it.
+    /// Those that stay attached, in the order in which they are attached or moved: whoever undoes a translation is there before whoever makes it.
     pub const ALL: [Self; 12] = [
         Self::SockRelease,
         Self::GetPeerName4,
@@ -83,6 +86,7 @@ impl Hook {
             Self::ListTcp => "list_tcp",
             Self::ListUdp => "list_udp",
             Self::KillDead => "kill_dead",
+            Self::BindUdp => "bind_udp",
             Self::SendMsg4 => "sendmsg4",
             Self::SendMsg6 => "sendmsg6",
             Self::Connect4 => "connect4",
@@ -99,7 +103,7 @@ impl Hook {
             Self::RecvMsg4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG),
             Self::RecvMsg6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG),
             Self::ListTcp => Place::Iterator("tcp"),
-            Self::ListUdp | Self::KillDead => Place::Iterator("udp"),
+            Self::ListUdp | Self::KillDead | Self::BindUdp => Place::Iterator("udp"),
             Self::SendMsg4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG),
             Self::SendMsg6 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG),
             Self::Connect4 => Place::Cgroup(bpf_attach_type::BPF_CGROUP_INET4_CONNECT),
@@ -334,7 +338,7 @@ pub fn pinned_link(links: &Path, hook: Hook) -> Result<Option<(OwnedFd, bpf_link
 /// # Errors
 /// The kernel refused; the hooks before it are gone.
 pub fn detach_all(links: &Path) -> Result<(), Error> {
-    for hook in Hook::ALL.into_iter().rev() {
+    for hook in Hook::ALL.into_iter().rev().chain([Hook::BindUdp]) {
         let path = links.join(hook.name());
         let Some(link) = existing_link(&path)? else {
             continue;

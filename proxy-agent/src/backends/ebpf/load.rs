@@ -173,7 +173,7 @@ impl Object {
     /// # Errors
     /// The kernel refuses one that the socket layer needs.
     pub fn load(&self, maps: &Fds) -> Result<Loaded, Error> {
-        self.load_some(maps, &Hook::ALL)
+        self.load_some(maps, &[&Hook::ALL[..], &[Hook::BindUdp]].concat())
     }
 
     /// [`Object::load`], for the programs of `hooks` only.
@@ -316,6 +316,9 @@ fn left_out(hook: Hook, what: String) -> LeftOut {
     let cost = match hook {
         Hook::KillDead => {
             "; connected UDP sockets of a removed backend go on until the client notices by itself"
+        }
+        Hook::BindUdp => {
+            "; connected UDP sockets get an error after a repair that could not keep the indices"
         }
         Hook::ListTcp | Hook::ListUdp => "; `dump sockets` does not show all",
         Hook::SockRelease

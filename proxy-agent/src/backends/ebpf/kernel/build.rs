@@ -76,7 +76,10 @@ fn fill(generation: &Generation, object: &Object, recipe: &Recipe<'_>) -> Result
         }
         let old = recipe.old.get(name);
         let map = match (role(name, &object.maps()[name]), old) {
-            (Role::Meta, old) => create_meta(object, old, generation.number)?,
+            (Role::Meta, old) => {
+                let lost_ids = !recipe.keep_ids && !recipe.old.is_empty();
+                create_meta(object, old, generation.number, lost_ids)?
+            }
             (Role::Carried(_), Some(old)) => duplicate(name, old)?,
             (Role::Carried(entries), None) => object.create(name, entries)?,
             (Role::Table, Some(old)) if fits(name, old, recipe)? => duplicate(name, old)?,
@@ -117,7 +120,12 @@ fn duplicate(name: &str, map: &OwnedFd) -> Result<OwnedFd, Error> {
 }
 
 /// The old heartbeat and lease go on; COMPLETE does not.
-fn create_meta(object: &Object, old: Option<&OwnedFd>, number: u64) -> Result<OwnedFd, Error> {
+fn create_meta(
+    object: &Object,
+    old: Option<&OwnedFd>,
+    number: u64,
+    lost_ids: bool,
+) -> Result<OwnedFd, Error> {
     let map = object.create("META", 1)?;
     let old: Option<Meta> = match old {
         Some(old) => Some(array("META", old, false)?.read(0)),
@@ -125,7 +133,10 @@ fn create_meta(object: &Object, old: Option<&OwnedFd>, number: u64) -> Result<Ow
     };
     let mut meta = old.unwrap_or_else(|| sys::from_prefix(&[]));
     meta.abi_version = ABI_VERSION;
-    meta.flags &= meta_flags::OPT_OUT;
+    meta.flags &= meta_flags::OPT_OUT | meta_flags::UNBOUND;
+    if lost_ids {
+        meta.flags |= meta_flags::UNBOUND;
+    }
     meta.generation = number;
     array("META", &map, true)?.write(0, &meta);
     Ok(map)
