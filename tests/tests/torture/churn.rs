@@ -17,7 +17,10 @@ use proxy_tests::{
 
 use serde_json::{Value, json};
 
-use super::timeline::{Timeline, Truth};
+use super::{
+    stalls::Watch,
+    timeline::{Timeline, Truth},
+};
 
 /// Services, each with a ClusterIP of both families.
 pub const SERVICES: usize = 32;
@@ -45,7 +48,7 @@ pub struct Churn {
     random: Random,
     changes: u64,
     records: PathBuf,
-    load: Option<Load>,
+    load: Option<(Load, Watch)>,
     _topology: Topology,
 }
 
@@ -117,7 +120,8 @@ impl Churn {
         let mut plan = LoadPlan::new(Talk::Tcp, (0..SERVICES * 2).map(target).collect());
         plan.threads = std::thread::available_parallelism()?.get();
         plan.record = Some(self.records.clone());
-        self.load = Some(self.client.peer()?.start_load(plan)?);
+        let watch = Watch::start()?;
+        self.load = Some((self.client.peer()?.start_load(plan)?, watch));
         Ok(())
     }
 
@@ -186,10 +190,11 @@ impl Churn {
 
     /// Stops the load and judges every answer.
     pub fn finish(&mut self) -> anyhow::Result<Outcome> {
-        let Some(load) = self.load.take() else {
+        let Some((load, watch)) = self.load.take() else {
             anyhow::bail!("no load runs");
         };
         let report = load.stop()?;
+        self.timeline.excuse(watch.finish()?);
         let records = Record::read_all(&self.records)?;
         let wrong: Vec<_> = records
             .iter()

@@ -5,5 +5,6 @@
 mod churn;
 mod connects;
 mod growth;
+mod stalls;
 mod timeline;
 mod udp;

@@ -4,8 +4,11 @@ use std::collections::BTreeSet;
 
 use proxy_tests::load::{Record, now_ns};
 
+use super::stalls::Stalls;
+
 /// How long an endpoint may still answer after the file that removed it was in place: 100 ms, the 20 ms of quiet that
-/// the agent waits for, and as much for a test that shares its cores with the load.
+/// the agent waits for, and as much for a test that shares its cores with the load. Time in which a core was away does not
+/// count.
 const GRACE_NS: u64 = 140_000_000;
 
 /// How far back the changes reach that an agent may leave undone when it is killed on a busy machine.
@@ -32,12 +35,15 @@ struct Round {
 
 /// All truths in order.
 #[derive(Debug, Default)]
-pub struct Timeline(Vec<Round>);
+pub struct Timeline {
+    rounds: Vec<Round>,
+    stalls: Stalls,
+}
 
 impl Timeline {
     /// Says that `truth` is about to be made true, before its file is written.
     pub fn begin(&mut self, truth: Truth) {
-        self.0.push(Round {
+        self.rounds.push(Round {
             from_ns: now_ns(),
             until_ns: u64::MAX,
             truth,
@@ -47,9 +53,9 @@ impl Timeline {
     /// Says that the file is in place, and the agent alive: the earlier truths end.
     pub fn replaced(&mut self) {
         let until_ns = now_ns();
-        let count = self.0.len().saturating_sub(1);
+        let count = self.rounds.len().saturating_sub(1);
         for round in self
-            .0
+            .rounds
             .iter_mut()
             .take(count)
             .rev()
@@ -62,14 +68,23 @@ impl Timeline {
     /// Says that the agent is dead: it may not have come to the last changes, so what was true before them goes on.
     pub fn frozen(&mut self) {
         let since = now_ns().saturating_sub(UNDONE_NS);
-        for round in self.0.iter_mut().filter(|round| round.until_ns >= since) {
+        for round in self
+            .rounds
+            .iter_mut()
+            .filter(|round| round.until_ns >= since)
+        {
             round.until_ns = u64::MAX;
         }
     }
 
+    /// Takes note of when a core was away.
+    pub fn excuse(&mut self, stalls: Stalls) {
+        self.stalls = stalls;
+    }
+
     /// Rounds so far.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.rounds.len()
     }
 
     /// Whether an answer was right. Which Service has an address and which endpoints a Service has are two facts, and
@@ -91,10 +106,15 @@ impl Timeline {
             .filter_map(|round| owner(round, record))
             .collect();
         let belonged = |round: &&Round| owners.iter().any(|&owner| is_member(round, owner, record));
-        let last = self.0.iter().take(self.began(record)).rev().find(belonged);
+        let last = self
+            .rounds
+            .iter()
+            .take(self.began(record))
+            .rev()
+            .find(belonged);
         let who = String::from_utf8_lossy(&record.identity);
         let (who, target) = (who.trim_end_matches('\0'), record.target);
-        match last.map(|round| late_ns(round, record) / 1_000_000) {
+        match last.map(|round| self.late_ns(round, record) / 1_000_000) {
             Some(late) => format!("{who} answered target {target} {late} ms after it was removed"),
             None => format!("{who} answered target {target} of {owners:?}"),
         }
@@ -102,20 +122,21 @@ impl Timeline {
 
     /// Rounds that may have been true while the answer was on its way, the latest first.
     fn recent(&self, record: &Record) -> impl Iterator<Item = &Round> {
-        let rounds = self.0.iter().take(self.began(record)).rev();
-        rounds.take_while(|round| late_ns(round, record) <= GRACE_NS)
+        let rounds = self.rounds.iter().take(self.began(record)).rev();
+        rounds.take_while(|round| self.late_ns(round, record) <= GRACE_NS)
+    }
+
+    /// How long a round had been over when the connection began.
+    fn late_ns(&self, round: &Round, record: &Record) -> u64 {
+        let late = record.start_ns.saturating_sub(round.until_ns);
+        late.saturating_sub(self.stalls.within(round.until_ns, record.start_ns))
     }
 
     /// Rounds begin in order; those that began after the answer cannot matter.
     fn began(&self, record: &Record) -> usize {
-        self.0
+        self.rounds
             .partition_point(|round| round.from_ns <= record.end_ns)
     }
-}
-
-/// How long a round had been over when the connection began.
-fn late_ns(round: &Round, record: &Record) -> u64 {
-    record.start_ns.saturating_sub(round.until_ns)
 }
 
 fn owner(round: &Round, record: &Record) -> Option<usize> {
@@ -145,7 +166,7 @@ mod tests {
         timeline.begin(truth("a"));
         timeline.begin(truth("b"));
         timeline.replaced();
-        let end = timeline.0[0].until_ns;
+        let end = timeline.rounds[0].until_ns;
         let record = |at_ns, name| Record {
             start_ns: at_ns,
             end_ns: at_ns + 1,
