@@ -320,6 +320,10 @@ impl<'a, S: Store> Writer<'a, S> {
                 leaving.entry(key.addr).or_default();
             }
         }
+        // One that was replaced is not dead.
+        for (key, _) in &self.strays.frontends {
+            leaving.entry(key.addr).or_default();
+        }
         if self.strays.vips {
             for addr in self.ids.vips.keys() {
                 leaving.entry(*addr).or_default();

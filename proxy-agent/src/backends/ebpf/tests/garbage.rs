@@ -3,11 +3,14 @@
 use proptest::prelude::*;
 use proxy_ebpf::abi::{
     Addr, Be16, FrontendKey, FrontendValue, Member, MemberWord, Name, Policy, Service, SetWord,
-    Slot,
+    Slot, kind,
 };
 
 use super::*;
-use crate::backends::ebpf::store::Store;
+use crate::{
+    backends::ebpf::store::Store,
+    state::{FrontendKind, Protocol},
+};
 
 /// One write into any of the maps, of anything.
 #[derive(Clone, Debug)]
@@ -103,6 +106,28 @@ fn write(store: &mut Simulated, scribble: &Scribble) {
             store.write_name(b, &name_a);
         }
     }
+}
+
+/// A stray ClusterIP in the place of a frontend of another kind: what makes it a ClusterIP goes when it is replaced.
+#[test]
+fn a_replaced_stray_takes_its_vip_along() {
+    let mut web = world::service("web", Protocol::Tcp, "10.96.0.1", &[1]);
+    for frontend in &mut web.frontends {
+        frontend.kind = FrontendKind::LoadBalancer;
+    }
+    let state = DesiredState {
+        services: [(web.key.clone(), web)].into(),
+        ..DesiredState::default()
+    };
+    let mut store = small();
+    store.unchecked();
+    let of_nobody = 77 << 32 | u64::from(kind::CLUSTER_IP) << 24;
+    for scribble in [Scribble::Frontend(1, of_nobody), Scribble::Vip(1)] {
+        write(&mut store, &scribble);
+    }
+    let backend = converge(EbpfBackend::new(store), &state);
+    let expected = describe(fresh(&state).store()).unwrap();
+    assert_eq!(describe(backend.store()).unwrap(), expected);
 }
 
 proptest! {
