@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! manifests ─┐
-//!            ├─► follow: Model ─► Inbox ─► thread of the socket layer: compile, plan, apply ─► kernel
-//! addresses ─┘                                  │
-//!                                               └─► SyncStatus ─► self-test, health and metrics servers
+//!            ├─► Feeds: Model ─► Inbox ─► thread of the socket layer: compile, plan, apply ─► kernel
+//! addresses ─┘                                 │
+//!                                              └─► SyncStatus ─► self-test, health and metrics servers
 //! ```
 //!
 //! A signal ends it. The programs stay pinned and go on serving.
@@ -37,6 +37,7 @@ use crate::{
 };
 
 pub mod exclude;
+mod feed;
 pub mod namespaces;
 pub mod place;
 mod programs_log;
@@ -46,6 +47,7 @@ mod servers;
 pub mod socket;
 
 use exclude::Exclusions;
+use feed::Feeds;
 use place::{cgroup, node_name};
 use reaper::Reaper;
 use socket::SocketLayer;
@@ -146,14 +148,16 @@ async fn serve(global: &Global, args: &Run, manifests: &Path, reaper: Reaper) ->
     let metrics = Arc::new(Metrics::default());
     let exclusions = Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup);
     let (reaper, reaper_ended) = reaper.split().map_err(start("the reaper"))?;
-    let layer = SocketLayer::start(store, here, reaper, exclusions, &metrics);
+    let mut feeds = Feeds::new(here);
+    let feed = feeds.add(metrics.layer("socket").changes_pending);
+    let layer = SocketLayer::start(store, feed, reaper, exclusions, &metrics);
     let layer = layer.map_err(start("the socket layer"))?;
     let (tested, self_test) = watch::channel(SelfTest::default());
     let health = servers::health(args, layer.status(), self_test);
     let metering = servers::metrics(global, args, &cgroup, &metrics);
 
     let result = tokio::select! {
-        () = follow(received, &layer) => Err(Error::Ended("sources")),
+        () = follow(received, &feeds) => Err(Error::Ended("sources")),
         () = until_gone(layer.status()) => Err(Error::Ended("socket layer")),
         () = count_broken(broken, &metrics) => Err(Error::Ended("manifest source")),
         () = test_hooks(layer.status(), cgroup, tested) => Err(Error::Ended("self-test")),
@@ -163,7 +167,8 @@ async fn serve(global: &Global, args: &Run, manifests: &Path, reaper: Reaper) ->
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),
     };
-    layer.stop();
+    feeds.stop();
+    layer.join();
     tracing::info!(
         signal = result?,
         "stopped; the programs in the kernel go on serving"
@@ -195,10 +200,10 @@ fn open(global: &Global, args: &Run, cgroup: &Path, here: &NodeName) -> Result<K
     })
 }
 
-/// Takes updates into the model and tells the layer what they touch.
-async fn follow(mut updates: mpsc::Receiver<Update>, layer: &SocketLayer) {
+/// Takes updates into the model and tells the layers what they touch.
+async fn follow(mut updates: mpsc::Receiver<Update>, feeds: &Feeds) {
     while let Some(update) = updates.recv().await {
-        layer.update(update);
+        feeds.update(update);
     }
 }
 

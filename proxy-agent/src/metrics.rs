@@ -16,6 +16,13 @@ use prometheus_client::{
 };
 use proxy_ebpf::abi::Reason;
 
+/// Label of a layer.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct LayerLabel {
+    /// `socket` or `packet`.
+    pub layer: &'static str,
+}
+
 /// Label of a map.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct MapLabel {
@@ -65,13 +72,13 @@ macro_rules! metrics {
 
 metrics! {
     /// Seconds from taking a batch of changes to the kernel holding them
-    sync_duration: Histogram = Histogram::new(exponential_buckets(0.000_05, 2.0, 20)) => "sync_duration_seconds";
+    sync_duration: Family<LayerLabel, Histogram, fn() -> Histogram> = Family::new_with_constructor(sync_duration) => "sync_duration_seconds";
     /// Syncs that ended in an error
-    sync_errors: Counter = Counter::default() => "sync_errors";
+    sync_errors: Family<LayerLabel, Counter> = Family::default() => "sync_errors";
     /// Changes that the kernel does not hold yet
-    changes_pending: Gauge = Gauge::default() => "changes_pending";
+    changes_pending: Family<LayerLabel, Gauge> = Family::default() => "changes_pending";
     /// Entries of the kernel that the audit found different from what was written, and repaired
-    drift_repairs: Counter = Counter::default() => "drift_repairs";
+    drift_repairs: Family<LayerLabel, Counter> = Family::default() => "drift_repairs";
     /// Manifest files and objects in them that cannot be used as they are
     source_problems: Gauge = Gauge::default() => "source_problems";
     /// Addresses and endpoints of Services that are not carried out: taken by another Service, or forbidden
@@ -94,6 +101,20 @@ metrics! {
     mode_info: Family<ModeLabels, Gauge> = Family::default() => "mode_info";
 }
 
+fn sync_duration() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_05, 2.0, 20))
+}
+
+/// What one layer counts; see the fields of [`Metrics`] of the same names.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "they are those of Metrics")]
+pub struct LayerMetrics {
+    pub sync_duration: Histogram,
+    pub sync_errors: Counter,
+    pub changes_pending: Gauge,
+    pub drift_repairs: Counter,
+}
+
 /// What the kernel holds and has counted.
 #[derive(Clone, Debug, Default)]
 pub struct Kernel {
@@ -104,6 +125,17 @@ pub struct Kernel {
 }
 
 impl Metrics {
+    /// The part of a layer.
+    pub fn layer(&self, layer: &'static str) -> LayerMetrics {
+        let label = LayerLabel { layer };
+        LayerMetrics {
+            sync_duration: self.sync_duration.get_or_create(&label).clone(),
+            sync_errors: self.sync_errors.get_or_create(&label).clone(),
+            changes_pending: self.changes_pending.get_or_create(&label).clone(),
+            drift_repairs: self.drift_repairs.get_or_create(&label).clone(),
+        }
+    }
+
     /// Takes over what was read from the kernel.
     pub fn update(&self, kernel: &Kernel) {
         for (map, entries, capacity) in &kernel.maps {
@@ -205,11 +237,11 @@ mod tests {
                 reason: "all there".into(),
             })
             .set(1);
-        metrics.sync_duration.observe(0.001);
+        metrics.layer("socket").sync_duration.observe(0.001);
         let text = metrics.text();
         for line in [
-            "proxy_agent_sync_duration_seconds_count 1",
-            "proxy_agent_changes_pending 0",
+            "proxy_agent_sync_duration_seconds_count{layer=\"socket\"} 1",
+            "proxy_agent_changes_pending{layer=\"socket\"} 0",
             "proxy_agent_map_entries{map=\"frontends\"} 3",
             "proxy_agent_map_capacity{map=\"frontends\"} 1024",
             "proxy_agent_refused_total{reason=\"no_endpoints\"} 2",

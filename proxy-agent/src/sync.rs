@@ -10,7 +10,6 @@
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -19,7 +18,7 @@ use tokio::sync::watch;
 use crate::{
     backends::{Backend, Error},
     compile::{Compiler, Problem},
-    metrics::Metrics,
+    metrics::LayerMetrics,
     model::{Dirty, Model},
     plan::{Plan, diff},
     state::DesiredState,
@@ -98,7 +97,7 @@ pub struct Layer<B: Backend> {
     failures: u32,
     audit_at: Instant,
     status: watch::Sender<SyncStatus>,
-    metrics: Arc<Metrics>,
+    metrics: LayerMetrics,
 }
 
 /// When the next turn is due.
@@ -112,7 +111,7 @@ pub struct Due {
 
 impl<B: Backend> Layer<B> {
     /// A layer that has not looked at its kernel yet; `name` is for the log.
-    pub fn new(name: &'static str, backend: B, metrics: Arc<Metrics>, now: Instant) -> Self {
+    pub fn new(name: &'static str, backend: B, metrics: LayerMetrics, now: Instant) -> Self {
         Self {
             name,
             backend,

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{exclude::Exclusions, reaper, self_test, servers};
+use super::{exclude::Exclusions, feed::Feed, reaper, self_test, servers};
 use crate::{
     backends::ebpf::{
         EbpfBackend,
@@ -18,15 +18,12 @@ use crate::{
     },
     compile::Compiler,
     metrics::Metrics,
-    model::{Model, NodeName, Update},
-    sync::{Compiled, Inbox, Layer, Scope, SyncStatus},
+    sync::{Compiled, Layer, Scope, SyncStatus},
 };
 
 /// The socket layer at work.
 #[derive(Debug)]
 pub struct SocketLayer {
-    model: Arc<Mutex<Model>>,
-    inbox: Arc<Inbox>,
     status: watch::Receiver<SyncStatus>,
     thread: JoinHandle<()>,
 }
@@ -38,15 +35,13 @@ impl SocketLayer {
     /// No thread or no inotify instance to be had.
     pub fn start(
         store: KernelStore,
-        here: NodeName,
+        feed: Feed,
         reaper: reaper::Requests,
         exclusions: Exclusions,
         metrics: &Arc<Metrics>,
     ) -> io::Result<Self> {
-        let model = Arc::new(Mutex::new(Model::new(here)));
-        let inbox = Arc::new(Inbox::new(metrics.changes_pending.clone()));
         let backend = EbpfBackend::new(store);
-        let layer = Layer::new("socket", backend, Arc::clone(metrics), Instant::now());
+        let layer = Layer::new("socket", backend, metrics.layer("socket"), Instant::now());
         let status = layer.status();
         // Those that exist are excluded before the first hook is attached.
         let excluded = Arc::new(Mutex::new(Some(exclusions.cgroups())));
@@ -56,25 +51,19 @@ impl SocketLayer {
             has_told: false,
             metrics: Arc::clone(metrics),
         };
+        let nudged = Arc::clone(&feed.inbox);
         let work = {
-            let (model, inbox, metrics) =
-                (Arc::clone(&model), Arc::clone(&inbox), Arc::clone(metrics));
-            move || work(layer, &mut tending, &model, &inbox, &metrics)
+            let metrics = Arc::clone(metrics);
+            move || work(layer, &mut tending, &feed, &metrics)
         };
         let thread = thread::Builder::new()
             .name("socket-layer".to_owned())
             .spawn(work)?;
-        let nudged = Arc::clone(&inbox);
         exclusions.follow(move |cgroups| {
             *lock(&excluded) = Some(cgroups);
             nudged.nudge();
         })?;
-        Ok(Self {
-            model,
-            inbox,
-            status,
-            thread,
-        })
+        Ok(Self { status, thread })
     }
 
     /// How it is doing; closed when the thread has ended.
@@ -82,27 +71,8 @@ impl SocketLayer {
         self.status.clone()
     }
 
-    /// Takes in an update.
-    pub fn update(&self, update: Update) {
-        let (is_news, dirty, synced, complete) = {
-            let mut model = lock(&self.model);
-            (
-                model.is_news(&update),
-                model.apply(update),
-                model.is_synced(),
-                model.is_complete(),
-            )
-        };
-        if is_news {
-            self.inbox.touch(&dirty);
-        }
-        self.inbox.push(Scope::Part(dirty));
-        self.inbox.sources(synced, complete);
-    }
-
-    /// Waits for the end of what the thread is doing, and of the thread.
-    pub fn stop(self) {
-        self.inbox.stop();
+    /// Waits for the end of the thread, once its feed has stopped.
+    pub fn join(self) {
         // A thread that panicked has said so, and its end is reported by the closed status.
         let _ = self.thread.join();
     }
@@ -111,32 +81,31 @@ impl SocketLayer {
 fn work(
     layer: Layer<EbpfBackend<KernelStore>>,
     tending: &mut Tending,
-    model: &Mutex<Model>,
-    inbox: &Inbox,
+    feed: &Feed,
     metrics: &Metrics,
 ) {
     let mut compiler = Compiler::default();
     let compile = |scope: &Scope| {
-        let compiled = compile(&mut compiler, &lock(model), scope);
+        let compiled = compile(&mut compiler, feed, scope);
         let count = compiler.problems().count();
         metrics
             .problems
             .set(i64::try_from(count).unwrap_or(i64::MAX));
         compiled
     };
-    layer.run(inbox, compile, |backend, status| {
+    layer.run(&feed.inbox, compile, |backend, status| {
         tending.tend(backend, status)
     });
 }
 
-/// Both values behind a lock here are changed whole or not at all, even by a thread that panics.
+/// The set behind the lock is changed whole or not at all, even by a thread that panics.
 fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
     value.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Compiles what changed and logs each problem once, when it comes up.
-fn compile(compiler: &mut Compiler, model: &Model, scope: &Scope) -> Compiled {
-    let (mut compiled, problems) = Compiled::of(compiler, model, scope);
+fn compile(compiler: &mut Compiler, feed: &Feed, scope: &Scope) -> Compiled {
+    let (mut compiled, problems) = feed.compile(compiler, scope);
     for problem in &problems {
         tracing::warn!(service = %problem.service(), error = %problem, "not carried out");
     }

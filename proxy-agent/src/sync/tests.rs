@@ -1,10 +1,11 @@
-use std::{collections::BTreeSet, num::NonZeroU16};
+use std::{collections::BTreeSet, num::NonZeroU16, sync::Arc};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
     backends::{Key, memory::Memory},
+    metrics::Metrics,
     model::{NodeName, Objects, Port, Service, Update},
     state::{Family, NodeAddress, Protocol, ServiceName, ServicePort, ServiceState, TrafficPolicy},
 };
@@ -121,7 +122,7 @@ impl Bench {
 
     fn over(memory: Memory) -> Self {
         let now = Instant::now();
-        let layer = Layer::new("test", memory, Arc::default(), now);
+        let layer = Layer::new("test", memory, Metrics::default().layer("test"), now);
         Self { layer, now }
     }
 

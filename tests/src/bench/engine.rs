@@ -17,7 +17,7 @@ use proxy_agent::{
         },
     },
     compile::Compiler,
-    metrics::Metrics,
+    metrics::{LayerMetrics, Metrics},
     model::{Model, NodeName, Objects, Update},
     plan::diff,
     sync::{Compiled, Inbox, Layer, Scope},
@@ -81,7 +81,7 @@ pub fn start(node: &Node, model: &Model) -> Result<Start> {
 /// A running layer that takes changes.
 pub struct Engine {
     model: Arc<Mutex<Model>>,
-    metrics: Arc<Metrics>,
+    metrics: LayerMetrics,
     inbox: Arc<Inbox>,
     thread: Option<JoinHandle<()>>,
 }
@@ -92,9 +92,9 @@ impl Engine {
     /// # Errors
     /// It does not come.
     pub fn start(node: &Node, model: Model) -> Result<Self> {
-        let metrics = Arc::new(Metrics::default());
+        let metrics = Metrics::default().layer("socket");
         let inbox = Arc::new(Inbox::new(metrics.changes_pending.clone()));
-        let layer = Layer::new("socket", open(node)?, Arc::clone(&metrics), Instant::now());
+        let layer = Layer::new("socket", open(node)?, metrics.clone(), Instant::now());
         let status = layer.status();
         let model = Arc::new(Mutex::new(model));
         let thread = thread::spawn({

@@ -1,0 +1,117 @@
+//! What the sources say, on its way to the layers: one model, and for each layer its own changes at its own pace.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use prometheus_client::metrics::gauge::Gauge;
+
+use crate::{
+    compile::{Compiler, Problem},
+    model::{Model, NodeName, Update},
+    sync::{Compiled, Inbox, Scope},
+};
+
+/// Takes in what the sources say, and tells each layer what it touches.
+#[derive(Debug)]
+pub struct Feeds {
+    model: Arc<Mutex<Model>>,
+    inboxes: Vec<Arc<Inbox>>,
+}
+
+/// What one layer is fed from.
+#[derive(Clone, Debug)]
+pub struct Feed {
+    model: Arc<Mutex<Model>>,
+    /// The changes that wait for the layer.
+    pub inbox: Arc<Inbox>,
+}
+
+impl Feeds {
+    /// An empty model of the node called `here`.
+    pub fn new(here: NodeName) -> Self {
+        Self {
+            model: Arc::new(Mutex::new(Model::new(here))),
+            inboxes: Vec::new(),
+        }
+    }
+
+    /// One more layer; `pending` follows the number of changes that wait for it.
+    pub fn add(&mut self, pending: Gauge) -> Feed {
+        let inbox = Arc::new(Inbox::new(pending));
+        self.inboxes.push(Arc::clone(&inbox));
+        Feed {
+            model: Arc::clone(&self.model),
+            inbox,
+        }
+    }
+
+    /// Takes in an update.
+    pub fn update(&self, update: Update) {
+        let (is_news, dirty, synced, complete) = {
+            let mut model = lock(&self.model);
+            (
+                model.is_news(&update),
+                model.apply(update),
+                model.is_synced(),
+                model.is_complete(),
+            )
+        };
+        for inbox in &self.inboxes {
+            if is_news {
+                inbox.touch(&dirty);
+            }
+            inbox.push(Scope::Part(dirty.clone()));
+            inbox.sources(synced, complete);
+        }
+    }
+
+    /// Ends the loops of the layers after the turns they are in.
+    pub fn stop(&self) {
+        for inbox in &self.inboxes {
+            inbox.stop();
+        }
+    }
+}
+
+impl Feed {
+    /// Compiles `scope`; also gives the problems that were not there before.
+    pub fn compile(&self, compiler: &mut Compiler, scope: &Scope) -> (Compiled, Vec<Problem>) {
+        Compiled::of(compiler, &lock(&self.model), scope)
+    }
+}
+
+/// The model is changed whole or not at all, even by a thread that panics.
+fn lock(model: &Mutex<Model>) -> MutexGuard<'_, Model> {
+    model.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::model::{Dirty, Objects};
+
+    #[test]
+    fn each_layer_gets_every_change_whatever_the_other_one_does() {
+        let mut feeds = Feeds::new(NodeName::new("node-a"));
+        let (fast, slow) = (Gauge::default(), Gauge::default());
+        let (first, second) = (feeds.add(fast.clone()), feeds.add(slow.clone()));
+        feeds.update(Update::Addresses([[10, 0, 0, 1].into()].into()));
+        feeds.update(Update::Objects(Objects {
+            complete: true,
+            ..Objects::default()
+        }));
+        let take = |feed: &Feed| feed.inbox.wait(None, Instant::now());
+        assert_eq!(take(&first).scope, Scope::All);
+        feeds.update(Update::Addresses([[10, 0, 0, 2].into()].into()));
+        let addresses = Scope::Part(Dirty {
+            addresses: true,
+            ..Dirty::default()
+        });
+        assert_eq!(take(&first).scope, addresses);
+        // The other one has been busy all the time.
+        assert_eq!((take(&second).scope, slow.get()), (Scope::All, 2));
+        feeds.stop();
+        assert!(take(&first).stop && take(&second).stop);
+    }
+}
