@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    plan::Plan,
+    plan::{Plan, diff},
     state::{DesiredState, Family, Protocol, ServiceName, ServicePort},
 };
 
@@ -17,25 +17,21 @@ pub mod memory;
 
 /// Something that forwards traffic as a [`DesiredState`] says.
 ///
-/// One entry per service port or node address, whose value is a digest of everything below it: at 250,000 endpoints a map
-/// of single kernel entries would cost more memory than the whole agent may use (docs/adr/0001).
+/// What the kernel holds is a map of digests, each of much: at 250,000 endpoints a map of single kernel entries would cost
+/// more memory than the whole agent may use (docs/adr/0001).
 pub trait Backend {
     /// What a change is about. Sorts so that upserts go in ascending order.
     type Key: Ord + Clone + Display;
     /// Digest of what the kernel holds, or should hold, for a key.
     type Value: Eq + Clone + Display;
 
-    /// The entries that `state` asks for. Pure.
-    fn render(&self, state: &DesiredState) -> BTreeMap<Self::Key, Self::Value>;
-
-    /// Those of `observed` that belong to `services`, or are node addresses if `addresses`: what a partial render is
-    /// compared with.
-    fn in_scope(
-        &self,
+    /// What turns `observed` into what `state` asks for, within `bounds`. No I/O; a backend may note what it is asked for.
+    fn plan(
+        &mut self,
         observed: &BTreeMap<Self::Key, Self::Value>,
-        services: &BTreeSet<ServiceName>,
-        addresses: bool,
-    ) -> BTreeMap<Self::Key, Self::Value>;
+        state: &DesiredState,
+        bounds: Bounds<'_>,
+    ) -> Plan<Self::Key, Self::Value>;
 
     /// What the kernel holds. Read at start, in the periodic audit, and after a failed apply.
     ///
@@ -61,6 +57,25 @@ pub trait Backend {
     fn publish(&mut self) -> Result<(), Error>;
 }
 
+/// A part of the desired state.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// All service ports of these.
+    pub services: &'a BTreeSet<ServiceName>,
+    /// The node's addresses.
+    pub addresses: bool,
+}
+
+/// What a plan is about, and what it has to leave alone. The default is everything, and nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Bounds<'a> {
+    /// What the state is complete for; none means everything.
+    pub scope: Option<Part<'a>>,
+    /// Set while a source lacks something that it should hold: nothing is deleted, and of what was found in the kernel only
+    /// this part, which was seen to change, is written.
+    pub touched: Option<Part<'a>>,
+}
+
 /// What a change is about, for backends that keep one digest per service port.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
@@ -73,15 +88,29 @@ pub enum Key {
 }
 
 impl Key {
-    /// See [`Backend::in_scope`]. Strays are in every scope.
-    pub fn in_scope<V: Clone>(
+    /// What turns `observed` into `desired` within `bounds`. Strays are in every scope.
+    pub fn plan<V: Eq + Clone>(
         observed: &BTreeMap<Self, V>,
-        services: &BTreeSet<ServiceName>,
-        addresses: bool,
-    ) -> BTreeMap<Self, V> {
+        desired: &BTreeMap<Self, V>,
+        bounds: Bounds<'_>,
+    ) -> Plan<Self, V> {
+        let mut plan = match bounds.scope {
+            None => diff(observed, desired),
+            Some(part) => diff(&Self::in_part(observed, part), desired),
+        };
+        if let Some(touched) = bounds.touched {
+            let free = Self::in_part(observed, touched);
+            plan.deletions.clear();
+            plan.upserts
+                .retain(|(key, _)| free.contains_key(key) || !observed.contains_key(key));
+        }
+        plan
+    }
+
+    fn in_part<V: Clone>(observed: &BTreeMap<Self, V>, part: Part<'_>) -> BTreeMap<Self, V> {
         let mut found = BTreeMap::new();
         let copy = |(key, value): (&Self, &V)| (key.clone(), value.clone());
-        for name in services {
+        for name in part.services {
             let first = ServicePort {
                 service: name.clone(),
                 port: Arc::from(""),
@@ -96,7 +125,7 @@ impl Key {
         let rest = observed.iter().rev();
         let rest = rest.take_while(|(key, _)| !matches!(key, Self::Service(_)));
         found.extend(
-            rest.filter(|(key, _)| addresses || matches!(key, Self::Strays))
+            rest.filter(|(key, _)| part.addresses || matches!(key, Self::Strays))
                 .map(copy),
         );
         found

@@ -16,7 +16,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    backends::{Backend, Error},
+    backends::{Backend, Bounds, Error, Part},
     compile::{Compiler, Problem},
     metrics::LayerMetrics,
     model::{Dirty, Model},
@@ -239,31 +239,17 @@ impl<B: Backend> Layer<B> {
         let Some(observed) = &mut self.observed else {
             return Ok(0);
         };
-        let desired = self.backend.render(&state);
-        let mut plan = match &scope {
-            Scope::All => diff(observed, &desired),
-            Scope::Part(Dirty {
-                services,
-                addresses,
-            }) => diff(
-                &self.backend.in_scope(observed, services, *addresses),
-                &desired,
-            ),
-        };
         if complete {
             self.touched = Dirty::default();
-        } else {
-            // What a missing part of the sources would have said is unknown: everything that was found in the kernel stays
-            // as it is, unless a change has been seen since.
-            let Dirty {
-                services,
-                addresses,
-            } = &self.touched;
-            let free = self.backend.in_scope(observed, services, *addresses);
-            plan.deletions.clear();
-            plan.upserts
-                .retain(|(key, _)| free.contains_key(key) || !observed.contains_key(key));
         }
+        let bounds = Bounds {
+            scope: match &scope {
+                Scope::All => None,
+                Scope::Part(dirty) => Some(part(dirty)),
+            },
+            touched: (!complete).then(|| part(&self.touched)),
+        };
+        let plan = self.backend.plan(observed, &state, bounds);
         if self.is_published && plan.is_empty() {
             return Ok(0);
         }
@@ -330,6 +316,17 @@ fn retry_after(failures: u32) -> Duration {
     FIRST_RETRY
         .saturating_mul(1 << failures.min(16))
         .min(LAST_RETRY)
+}
+
+fn part(dirty: &Dirty) -> Part<'_> {
+    let Dirty {
+        services,
+        addresses,
+    } = dirty;
+    Part {
+        services,
+        addresses: *addresses,
+    }
 }
 
 fn record<K: Ord, V>(observed: &mut BTreeMap<K, V>, plan: Plan<K, V>) {

@@ -16,12 +16,11 @@ use std::{
 
 use proxy_agent::{
     backends::{
-        Backend,
+        Backend, Bounds,
         ebpf::{EbpfBackend, describe, simulated::Simulated},
     },
     compile::{Compiled, Compiler},
     model::{Model, NodeName, Update},
-    plan::diff,
     sources::file::Manifests,
     state::DesiredState,
 };
@@ -76,7 +75,7 @@ fn compile(case: &Path) -> (String, DesiredState) {
 fn maps(state: &DesiredState) -> String {
     let mut backend = EbpfBackend::new(Simulated::checked());
     let observed = backend.observe().unwrap();
-    let plan = diff(&observed, &backend.render(state));
+    let plan = backend.plan(&observed, state, Bounds::default());
     backend.apply(&plan, state).unwrap();
     describe(backend.store()).unwrap()
 }

@@ -3,12 +3,12 @@
 //! [`EbpfBackend`] keeps the maps behind a [`Store`] level with a desired state. What it remembers is an index over the
 //! maps; `observe` builds it from them, so a restart is an observation.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::{
-    backends::{Backend, Error, Key},
+    backends::{Backend, Bounds, Error, Key},
     plan::Plan,
-    state::{DesiredState, ServiceName},
+    state::DesiredState,
 };
 
 mod describe;
@@ -77,18 +77,9 @@ impl<S: Store> EbpfBackend<S> {
         self.store
     }
 
-    /// Whether UDP members died since this was asked last, or may have before the start: sockets connected to them have to be found and destroyed.
-    pub fn take_udp_retired(&mut self) -> bool {
-        std::mem::take(&mut self.udp_retired)
-    }
-}
-
-impl<S: Store> Backend for EbpfBackend<S> {
-    type Key = Key;
-    type Value = u64;
-
-    /// Leaves out service ports whose names do not fit into the map: the model refuses them.
-    fn render(&self, state: &DesiredState) -> BTreeMap<Key, u64> {
+    /// The entries that `state` asks for. Leaves out service ports whose names do not fit into the map: the model refuses
+    /// them.
+    pub fn render(&self, state: &DesiredState) -> BTreeMap<Key, u64> {
         let services = state
             .services
             .iter()
@@ -101,13 +92,23 @@ impl<S: Store> Backend for EbpfBackend<S> {
         services.chain(addresses).collect()
     }
 
-    fn in_scope(
-        &self,
+    /// Whether UDP members died since this was asked last, or may have before the start: sockets connected to them have to be found and destroyed.
+    pub fn take_udp_retired(&mut self) -> bool {
+        std::mem::take(&mut self.udp_retired)
+    }
+}
+
+impl<S: Store> Backend for EbpfBackend<S> {
+    type Key = Key;
+    type Value = u64;
+
+    fn plan(
+        &mut self,
         observed: &BTreeMap<Key, u64>,
-        services: &BTreeSet<ServiceName>,
-        addresses: bool,
-    ) -> BTreeMap<Key, u64> {
-        Key::in_scope(observed, services, addresses)
+        state: &DesiredState,
+        bounds: Bounds<'_>,
+    ) -> Plan<Key, u64> {
+        Key::plan(observed, &self.render(state), bounds)
     }
 
     /// Writes nothing.

@@ -2,14 +2,14 @@
 //! one.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     hash::{DefaultHasher, Hash, Hasher},
 };
 
 use crate::{
-    backends::{Backend, Error, Key},
+    backends::{Backend, Bounds, Error, Key},
     plan::Plan,
-    state::{DesiredState, ServiceName},
+    state::DesiredState,
 };
 
 /// Holds digests of what was applied.
@@ -41,6 +41,15 @@ impl Memory {
         self.failing = writes;
     }
 
+    /// The entries that `state` asks for.
+    pub fn render(&self, state: &DesiredState) -> BTreeMap<Key, u64> {
+        let services = state.services.iter();
+        let services = services.map(|(key, value)| (Key::Service(key.clone()), digest(value)));
+        let addresses = state.addresses.iter();
+        let addresses = addresses.map(|(key, value)| (Key::Address(*key), digest(value)));
+        services.chain(addresses).collect()
+    }
+
     fn write(&mut self) -> Result<(), Error> {
         if self.failing > 0 {
             self.failing -= 1;
@@ -67,21 +76,13 @@ impl Backend for Memory {
     type Key = Key;
     type Value = u64;
 
-    fn render(&self, state: &DesiredState) -> BTreeMap<Key, u64> {
-        let services = state.services.iter();
-        let services = services.map(|(key, value)| (Key::Service(key.clone()), digest(value)));
-        let addresses = state.addresses.iter();
-        let addresses = addresses.map(|(key, value)| (Key::Address(*key), digest(value)));
-        services.chain(addresses).collect()
-    }
-
-    fn in_scope(
-        &self,
+    fn plan(
+        &mut self,
         observed: &BTreeMap<Key, u64>,
-        services: &BTreeSet<ServiceName>,
-        addresses: bool,
-    ) -> BTreeMap<Key, u64> {
-        Key::in_scope(observed, services, addresses)
+        state: &DesiredState,
+        bounds: Bounds<'_>,
+    ) -> Plan<Key, u64> {
+        Key::plan(observed, &self.render(state), bounds)
     }
 
     fn observe(&mut self) -> Result<BTreeMap<Key, u64>, Error> {

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use crate::{
     backends::{
-        Backend as _, Error, Key,
+        Backend as _, Bounds, Error, Key,
         ebpf::{EbpfBackend, simulated::Simulated, store::Store as _, view::PinnedMaps},
     },
-    plan::{Plan, diff},
+    plan::Plan,
     state::DesiredState,
 };
 use proxy_ebpf::lb::Tables as _;
@@ -31,7 +31,7 @@ pub fn rehearse(maps: Option<&PinnedMaps>, state: &DesiredState) -> Result<Rehea
     };
     let mut backend = EbpfBackend::new(copy);
     let observed = backend.observe()?;
-    let plan = diff(&observed, &backend.render(state));
+    let plan = backend.plan(&observed, state, Bounds::default());
     Ok(Rehearsal { observed, plan })
 }
 

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use proxy_agent::{
     backends::{
-        Backend as _,
+        Backend as _, Bounds,
         ebpf::{
             EbpfBackend,
             kernel::{KernelStore, OpenOptions},
@@ -19,7 +19,6 @@ use proxy_agent::{
     compile::Compiler,
     metrics::{LayerMetrics, Metrics},
     model::{Model, NodeName, Objects, Update},
-    plan::diff,
     sync::{Compiled, Inbox, Layer, Scope},
 };
 
@@ -69,7 +68,7 @@ pub fn start(node: &Node, model: &Model) -> Result<Start> {
     let mut backend = open(node)?;
     let observed = backend.observe()?;
     let state = Compiler::default().compile_all(model).state;
-    let plan = diff(&observed, &backend.render(&state));
+    let plan = backend.plan(&observed, &state, Bounds::default());
     backend.apply(&plan, &state)?;
     backend.publish()?;
     Ok(Start {

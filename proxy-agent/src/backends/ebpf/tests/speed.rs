@@ -10,8 +10,8 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::*;
 use crate::state::{
-    Backend as Endpoint, BackendState, Family, Frontend, FrontendKind, Protocol, ServicePort,
-    ServiceState, TrafficPolicy,
+    Backend as Endpoint, BackendState, Family, Frontend, FrontendKind, Protocol, ServiceName,
+    ServicePort, ServiceState, TrafficPolicy,
 };
 
 /// What this thread has used of a CPU: other work on the machine does not count.
