@@ -13,6 +13,7 @@ use crate::{
 };
 
 pub mod ebpf;
+pub mod iptables;
 pub mod memory;
 
 /// Something that forwards traffic as a [`DesiredState`] says.

@@ -1,0 +1,214 @@
+//! The packet layer on iptables: Services as rules in the tables `nat` and `filter`.
+//!
+//! [`IptablesBackend`] keeps the rules behind [`Tables`] level with a desired state. What it found there, be it its own or
+//! a kube-proxy's, is observed state like any other: the same diff takes it over.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Display},
+};
+
+use crate::{
+    backends::{Backend, Bounds, Error},
+    plan::{Plan, diff},
+    state::{DesiredState, Family, ServicePort},
+};
+
+mod apply;
+mod describe;
+mod draft;
+mod known;
+pub mod names;
+mod rule;
+pub mod rules;
+mod save;
+mod shared;
+pub mod tables;
+
+pub use describe::describe;
+use known::Known;
+use names::ChainName;
+pub use rules::base::Anchor;
+use rules::{Rules, base};
+use save::{digest, parse};
+use tables::{AddressSet, Table, Tables};
+
+/// What a change is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    /// A set of clients.
+    Set(AddressSet),
+    /// A chain of ours with its rules.
+    Chain(Family, Table, ChainName),
+    /// A rule of ours in a chain of somebody else.
+    Anchor(Family, Table, Anchor),
+}
+
+impl Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Set(set) => write!(f, "set {} {}", set.name, set.family),
+            Self::Chain(family, table, chain) => write!(f, "chain {table} {chain} {family}"),
+            Self::Anchor(family, table, anchor) => {
+                write!(f, "rule {table} {} {} {family}", anchor.chain, anchor.rule)
+            }
+        }
+    }
+}
+
+/// Keeps the rules of a network namespace level with a desired state.
+///
+/// One entry per chain: the digest of its rules. Their text exists only while a plan is applied.
+#[derive(Debug)]
+pub struct IptablesBackend<T> {
+    tables: T,
+    rules: Rules,
+    known: Known,
+    /// Chains of ours that rules of others use: never removed.
+    referenced: BTreeSet<(Family, Table, ChainName)>,
+    has_kubelet_firewall: bool,
+    /// The order of the tables in the next apply.
+    filter_first: bool,
+    left_out: BTreeMap<ServicePort, String>,
+}
+
+impl<T: Tables> IptablesBackend<T> {
+    /// A backend over tables that may hold anything.
+    pub fn new(tables: T, rules: Rules) -> Self {
+        Self {
+            tables,
+            rules,
+            known: Known::default(),
+            referenced: BTreeSet::new(),
+            has_kubelet_firewall: false,
+            filter_first: true,
+            left_out: BTreeMap::new(),
+        }
+    }
+
+    /// The tables.
+    pub fn tables(&self) -> &T {
+        &self.tables
+    }
+
+    /// The tables. Whoever writes rules here has to observe afterwards.
+    pub fn tables_mut(&mut self) -> &mut T {
+        &mut self.tables
+    }
+
+    /// Service ports that the tool refuses, with what it said. They are tried again when everything is planned again.
+    pub fn left_out(&self) -> &BTreeMap<ServicePort, String> {
+        &self.left_out
+    }
+}
+
+impl<T: Tables> Backend for IptablesBackend<T> {
+    type Key = Key;
+    type Value = u64;
+
+    fn plan(
+        &mut self,
+        observed: &BTreeMap<Key, u64>,
+        state: &DesiredState,
+        bounds: Bounds<'_>,
+    ) -> Plan<Key, u64> {
+        let mut desired = BTreeMap::new();
+        let mut note = |key, body: &str| {
+            desired.insert(key, digest(body));
+        };
+        let change = self.known.take(&self.rules, state, bounds.scope, &mut note);
+        self.filter_first = change.refuses_more;
+        let mut plan = match bounds.scope {
+            None => {
+                self.known.is_complete = bounds.touched.is_none();
+                self.left_out.clear();
+                self.known.render_all_shared(&self.rules, &mut note);
+                diff(observed, &desired)
+            }
+            Some(_) => {
+                let mut concerned =
+                    self.known
+                        .render_changed(&self.rules, &change, observed, &mut note);
+                concerned.extend(change.before);
+                concerned.extend(desired.keys().cloned());
+                let held = concerned.into_iter();
+                let held = held.filter_map(|key| observed.get(&key).map(|value| (key, *value)));
+                diff(&held.collect(), &desired)
+            }
+        };
+        self.spare_referenced(observed, &mut plan);
+        if let Some(touched) = bounds.touched {
+            // Who else has frontends in a chain of many Services is not known yet.
+            let free: BTreeSet<&Key> = self.known.keys_of(touched.services).collect();
+            let may_change = |key: &Key| free.contains(key) || self.known.may_rewrite_shared(key);
+            plan.deletions.clear();
+            plan.upserts
+                .retain(|(key, _)| !observed.contains_key(key) || may_change(key));
+        }
+        plan
+    }
+
+    fn observe(&mut self) -> Result<BTreeMap<Key, u64>, Error> {
+        let sets = self.tables.sets()?;
+        let is_ours = |set: &AddressSet| {
+            ["KUBE-SEP-", "KUBE-GRP-"]
+                .iter()
+                .any(|prefix| set.name.starts_with(prefix))
+        };
+        let sets = sets.into_iter().filter(is_ours);
+        let mut found: BTreeMap<_, _> = sets.map(|set| (Key::Set(set), digest(""))).collect();
+        self.referenced.clear();
+        for &family in &self.rules.families {
+            for table in [Table::Filter, Table::Nat] {
+                let anchors = base::anchors(&self.rules, family);
+                let anchors: Vec<_> = anchors.filter(|(of, _)| *of == table).collect();
+                let anchors: Vec<_> = anchors.into_iter().map(|(_, anchor)| anchor).collect();
+                let saved = parse(&self.tables.save(family, table)?, table, &anchors)?;
+                if (family, table) == (Family::V4, Table::Filter) {
+                    self.has_kubelet_firewall = saved.has_kubelet_firewall;
+                }
+                let chains = saved.chains.into_iter();
+                found.extend(chains.map(|(chain, of)| (Key::Chain(family, table, chain), of)));
+                let anchors = saved.anchors.into_iter();
+                found
+                    .extend(anchors.map(|anchor| (Key::Anchor(family, table, anchor), digest(""))));
+                let referenced = saved.referenced.into_iter();
+                self.referenced
+                    .extend(referenced.map(|chain| (family, table, chain)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// One transaction per family and table, in an order that leaves no packet untranslated that the old and the new state
+    /// translate (docs/ARCHITECTURE.md).
+    fn apply(&mut self, plan: &Plan<Key, u64>, state: &DesiredState) -> Result<(), Error> {
+        apply::apply(self, plan, state)
+    }
+
+    /// Rules are in force once they are in the table.
+    fn publish(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+impl<T: Tables> IptablesBackend<T> {
+    /// A chain that somebody else's rule jumps to cannot go: it is emptied.
+    fn spare_referenced(&self, observed: &BTreeMap<Key, u64>, plan: &mut Plan<Key, u64>) {
+        let empty = digest("");
+        let upserts = &mut plan.upserts;
+        plan.deletions.retain(|key| {
+            let Key::Chain(family, table, chain) = key else {
+                return true;
+            };
+            let is_referenced = self.referenced.contains(&(*family, *table, *chain));
+            if is_referenced && observed.get(key) != Some(&empty) {
+                upserts.push((key.clone(), empty));
+            }
+            !is_referenced
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,319 @@
+//! Carrying out a plan, and what happens when the tool refuses a line.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{
+    IptablesBackend, Key,
+    draft::{Chain, Draft, LeftOut, Line, Text},
+    names::ChainName,
+    rules::{
+        base::KUBELET_FIREWALL,
+        service,
+        tree::{Wanted, is_leaf_of, leaf_owner},
+    },
+    save::parse,
+    shared::is_shared,
+    tables::{AddressSet, RestoreError, Table, Tables},
+};
+use crate::{
+    backends::Error,
+    plan::Plan,
+    state::{DesiredState, Family, ServicePort},
+};
+
+/// Transactions that are tried before a table is given up.
+const ATTEMPTS: u32 = 100;
+
+/// See [`crate::backends::Backend::apply`].
+pub(super) fn apply<T: Tables>(
+    backend: &mut IptablesBackend<T>,
+    plan: &Plan<Key, u64>,
+    state: &DesiredState,
+) -> Result<(), Error> {
+    let new = sets(plan.upserts.iter().map(|(key, _)| key));
+    if !new.is_empty() {
+        backend.tables.create_sets(&new)?;
+    }
+    let order = match backend.filter_first {
+        true => [Table::Filter, Table::Nat],
+        false => [Table::Nat, Table::Filter],
+    };
+    for table in order {
+        for family in backend.rules.families.clone() {
+            let draft = backend.draft(family, table, plan, state);
+            if !draft.is_empty() {
+                Attempt::new(backend, family, table, draft).carry_out()?;
+            }
+        }
+    }
+    let old = sets(plan.deletions.iter());
+    if !old.is_empty() {
+        backend.tables.destroy_sets(&old)?;
+    }
+    Ok(())
+}
+
+fn sets<'a>(keys: impl Iterator<Item = &'a Key>) -> BTreeSet<AddressSet> {
+    let sets = keys.filter_map(|key| match key {
+        Key::Set(set) => Some(set.clone()),
+        Key::Chain(..) | Key::Anchor(..) => None,
+    });
+    sets.collect()
+}
+
+impl<T: Tables> IptablesBackend<T> {
+    /// What a plan does to one table.
+    fn draft(
+        &self,
+        family: Family,
+        table: Table,
+        plan: &Plan<Key, u64>,
+        state: &DesiredState,
+    ) -> Draft {
+        let mut draft = Draft::default();
+        let mut wanted: BTreeSet<ChainName> = BTreeSet::new();
+        for (key, _) in &plan.upserts {
+            match key {
+                Key::Chain(f, t, chain) if (*f, *t) == (family, table) => {
+                    wanted.insert(*chain);
+                }
+                Key::Anchor(f, t, anchor) if (*f, *t) == (family, table) => {
+                    draft.anchors.push(*anchor);
+                    let is_new = family == Family::V4 && !self.has_kubelet_firewall;
+                    draft.makes_kubelet_firewall |=
+                        is_new && anchor.chain == KUBELET_FIREWALL.as_str();
+                }
+                Key::Set(_) | Key::Chain(..) | Key::Anchor(..) => {}
+            }
+        }
+        let gone = plan.deletions.iter().filter_map(|key| match key {
+            Key::Chain(f, t, chain) if (*f, *t) == (family, table) => Some(*chain),
+            Key::Set(_) | Key::Chain(..) | Key::Anchor(..) => None,
+        });
+        draft.deletions = gone.collect();
+        if wanted.is_empty() {
+            return draft;
+        }
+        let mut owner = None;
+        let mut add = |key, body: &str, owner: &Option<ServicePort>| match key {
+            Key::Chain(f, t, name) if (f, t) == (family, table) && wanted.contains(&name) => {
+                let chain = Chain {
+                    body: body.to_owned(),
+                    owner: owner.clone(),
+                };
+                draft.chains.insert(name, chain);
+            }
+            Key::Set(_) | Key::Chain(..) | Key::Anchor(..) => {}
+        };
+        if wanted.iter().any(|chain| is_shared(table, *chain)) {
+            let is_wanted: &Wanted<'_> = &|chain, _| wanted.contains(&chain);
+            let mut add = |key, body: &str| add(key, body, &owner);
+            self.known
+                .render_shared(&self.rules, family, table, is_wanted, &mut add);
+        }
+        if table == Table::Nat {
+            let services = state.services.iter();
+            for (port, service) in services.filter(|(port, _)| port.family == family) {
+                owner = Some(port.clone());
+                service::render(&self.rules, service, &mut |key, body| {
+                    add(key, body, &owner);
+                });
+            }
+        }
+        for name in wanted {
+            // One that is emptied.
+            draft.chains.entry(name).or_default();
+        }
+        draft
+    }
+}
+
+/// A transaction that is tried until it goes in.
+struct Attempt<'a, T> {
+    backend: &'a mut IptablesBackend<T>,
+    family: Family,
+    table: Table,
+    draft: Draft,
+    left_out: LeftOut,
+    /// The chains of the table; read when something is left out.
+    present: BTreeSet<ChainName>,
+    attempts: u32,
+    /// What the tool said last.
+    message: String,
+}
+
+impl<'a, T: Tables> Attempt<'a, T> {
+    fn new(
+        backend: &'a mut IptablesBackend<T>,
+        family: Family,
+        table: Table,
+        draft: Draft,
+    ) -> Self {
+        Self {
+            backend,
+            family,
+            table,
+            draft,
+            left_out: LeftOut::default(),
+            present: BTreeSet::new(),
+            attempts: 0,
+            message: String::new(),
+        }
+    }
+
+    fn carry_out(mut self) -> Result<(), Error> {
+        let mut said = BTreeMap::new();
+        loop {
+            let text = self.text(&self.left_out);
+            let Some(line) = self.restore(&text)? else {
+                break;
+            };
+            let message = self.message.clone();
+            if self.attempts == 1 {
+                let text = self.backend.tables.save(self.family, self.table)?;
+                let saved = parse(&text, self.table, &[])?;
+                self.present = saved.chains.into_keys().collect();
+            }
+            let found = line.and_then(|line| text.line(line));
+            let is_news = found.is_some_and(|(line, rule)| self.leave_out(&line.clone(), rule));
+            if !is_news {
+                self.bisect()?;
+            }
+            for owner in self.left_out.services.keys() {
+                said.entry(owner.clone()).or_insert_with(|| message.clone());
+            }
+        }
+        let draft = &self.draft;
+        if draft.makes_kubelet_firewall {
+            self.backend.has_kubelet_firewall = true;
+        }
+        let owners = draft.chains.values();
+        for owner in owners.filter_map(|chain| chain.owner.as_ref()) {
+            self.backend.left_out.remove(owner);
+        }
+        self.backend.left_out.extend(said);
+        Ok(())
+    }
+
+    fn text(&self, left_out: &LeftOut) -> Text {
+        self.draft.text(self.table, left_out, &self.present)
+    }
+
+    /// None if it went in, else the line that was refused, if one was named.
+    fn restore(&mut self, text: &Text) -> Result<Option<Option<usize>>, Error> {
+        self.attempts += 1;
+        let tables = &mut self.backend.tables;
+        match tables.restore(self.family, self.table, &text.text) {
+            Ok(()) => Ok(None),
+            Err(RestoreError::Failed(error)) => Err(error),
+            Err(RestoreError::Refused { line, message }) => {
+                if self.attempts > ATTEMPTS {
+                    return Err(self.refused(&message));
+                }
+                self.message = message;
+                Ok(Some(line))
+            }
+        }
+    }
+
+    fn refused(&self, message: &str) -> Error {
+        let (table, family) = (self.table, self.family);
+        Error::Unusable(format!(
+            "cannot write table {table} of {family}: iptables-restore refuses what no Service is to blame for: {message}"
+        ))
+    }
+
+    /// Leaves out what a refused line is for; false if that is nobody, or was left out before.
+    fn leave_out(&mut self, line: &Line, rule: &str) -> bool {
+        let (owner, unreached) = match line {
+            Line::Frame => return false,
+            Line::Deletion => {
+                return !std::mem::replace(&mut self.left_out.deletions, true);
+            }
+            Line::Of(chain) => match self.draft.chains.get(chain) {
+                Some(Chain {
+                    owner: Some(owner), ..
+                }) => (Some(owner.clone()), false),
+                Some(Chain { owner: None, .. }) => (self.owner_of(rule), true),
+                None => (None, false),
+            },
+        };
+        let Some(owner) = owner else {
+            return false;
+        };
+        let before = self.left_out.services.insert(owner, unreached);
+        before.is_none_or(|before| before != unreached && unreached)
+    }
+
+    fn owner_of(&self, rule: &str) -> Option<ServicePort> {
+        let leaves = self.backend.known.leaves.values();
+        let mut owners = leaves.map(|leaf| &leaf.owner);
+        owners
+            .find(|owner| owner.family == self.family && is_leaf_of(rule, owner))
+            .cloned()
+    }
+
+    /// Finds out by trying which service ports have to be left out.
+    fn bisect(&mut self) -> Result<(), Error> {
+        let owners = self.draft.chains.values();
+        let mut suspects: BTreeSet<ServicePort> =
+            owners.filter_map(|chain| chain.owner.clone()).collect();
+        let shared = self.draft.chains.values();
+        let rules = shared.filter(|chain| chain.owner.is_none());
+        let rules = rules.flat_map(|chain| chain.body.lines());
+        let written: BTreeSet<&str> = rules.filter_map(leaf_owner).collect();
+        for leaf in self.backend.known.leaves.values() {
+            let name = leaf.owner.to_string();
+            if leaf.owner.family == self.family && written.contains(name.as_str()) {
+                suspects.insert(leaf.owner.clone());
+            }
+        }
+        let known = &self.left_out.services;
+        let suspects: Vec<_> = suspects
+            .into_iter()
+            .filter(|owner| !known.contains_key(owner))
+            .collect();
+        let base = self.left_out.clone();
+        if suspects.is_empty() || !self.goes_in(&base, &suspects)? {
+            return Err(self.refused(&self.message.clone()));
+        }
+        self.left_out = self.culprits(base, &suspects)?;
+        Ok(())
+    }
+
+    /// Without `left_out` and all suspects it goes in, without `left_out` alone it does not: which suspects have to go?
+    fn culprits(
+        &mut self,
+        mut left_out: LeftOut,
+        suspects: &[ServicePort],
+    ) -> Result<LeftOut, Error> {
+        if let [culprit] = suspects {
+            left_out.services.insert(culprit.clone(), true);
+            return Ok(left_out);
+        }
+        let (first, second) = suspects.split_at(suspects.len() / 2);
+        if !self.goes_in(&left_out, second)? {
+            let mut without = left_out.clone();
+            without
+                .services
+                .extend(second.iter().map(|owner| (owner.clone(), true)));
+            let found = self.culprits(without, first)?.services.into_iter();
+            left_out
+                .services
+                .extend(found.filter(|(owner, _)| !second.contains(owner)));
+            if self.goes_in(&left_out, &[])? {
+                return Ok(left_out);
+            }
+        }
+        self.culprits(left_out, second)
+    }
+
+    fn goes_in(&mut self, left_out: &LeftOut, and: &[ServicePort]) -> Result<bool, Error> {
+        let mut left_out = left_out.clone();
+        left_out
+            .services
+            .extend(and.iter().map(|owner| (owner.clone(), true)));
+        let text = self.text(&left_out);
+        Ok(self.restore(&text)?.is_none())
+    }
+}

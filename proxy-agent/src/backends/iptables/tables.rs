@@ -1,0 +1,90 @@
+//! What the rules need from a host: whole tables read and changed, and the address sets that affinity uses.
+
+use std::{
+    collections::BTreeSet,
+    fmt::{self, Display},
+};
+
+use crate::{backends::Error, state::Family};
+
+/// A table that holds rules of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Table {
+    /// Rejects, drops, and what is accepted.
+    Filter,
+    /// Translations.
+    Nat,
+}
+
+impl Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Filter => "filter",
+            Self::Nat => "nat",
+        })
+    }
+}
+
+/// An ipset of type `hash:ip` whose entries end after `timeout_seconds`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AddressSet {
+    /// At most 31 characters.
+    pub name: String,
+    /// Family of its entries.
+    pub family: Family,
+    /// How long an entry lives after it was added last.
+    pub timeout_seconds: u32,
+}
+
+/// Why a table was not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The tool refuses a line of the text.
+    #[error("iptables-restore refuses {}: {message}", place(*line))]
+    Refused {
+        /// Counted from 1; none if the tool named none.
+        line: Option<usize>,
+        /// What the tool says.
+        message: String,
+    },
+    /// It could not be run, or the lock was not to be had.
+    #[error(transparent)]
+    Failed(#[from] Error),
+}
+
+fn place(line: Option<usize>) -> String {
+    line.map_or("the rules".to_owned(), |line| format!("line {line}"))
+}
+
+/// The tables of one network namespace.
+pub trait Tables {
+    /// Text of `iptables-save -t TABLE` (`ip6tables-save` for IPv6).
+    ///
+    /// # Errors
+    /// The tool could not be run, or failed; so below.
+    fn save(&mut self, family: Family, table: Table) -> Result<String, Error>;
+
+    /// Feeds one table's transaction (`*nat` … `COMMIT`) to `iptables-restore --noflush`: all of it goes in, or nothing.
+    ///
+    /// # Errors
+    /// Nothing went in.
+    fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError>;
+
+    /// Our address sets that exist (names that begin with `KUBE-`).
+    ///
+    /// # Errors
+    /// As above.
+    fn sets(&mut self) -> Result<BTreeSet<AddressSet>, Error>;
+
+    /// Creates empty sets.
+    ///
+    /// # Errors
+    /// As above.
+    fn create_sets(&mut self, sets: &BTreeSet<AddressSet>) -> Result<(), Error>;
+
+    /// Removes sets that no rule uses.
+    ///
+    /// # Errors
+    /// As above.
+    fn destroy_sets(&mut self, sets: &BTreeSet<AddressSet>) -> Result<(), Error>;
+}

@@ -1,0 +1,273 @@
+//! Changes lead where a fresh start leads, through faults and restarts.
+
+use proptest::prelude::*;
+
+use super::{
+    world::{name, service_of},
+    *,
+};
+
+/// The desired state, and what a driver of the backend believes is in the kernel.
+struct Driver {
+    backend: IptablesBackend<Simulated>,
+    observed: Option<BTreeMap<Key, u64>>,
+    state: DesiredState,
+}
+
+impl Driver {
+    fn new(tables: Simulated, rules: Rules) -> Self {
+        Self {
+            backend: IptablesBackend::new(tables, rules),
+            observed: None,
+            state: DesiredState::default(),
+        }
+    }
+
+    /// One turn about some Services, or about everything if what is in the kernel is not known.
+    fn turn(&mut self, services: &BTreeSet<ServiceName>) -> Result<usize, Error> {
+        let (state, scope) = match &self.observed {
+            None => {
+                self.observed = Some(self.backend.observe()?);
+                (self.state.clone(), None)
+            }
+            Some(_) => {
+                let services_of =
+                    |(port, _): &(&ServicePort, &ServiceState)| services.contains(&port.service);
+                let part = self.state.services.iter().filter(services_of);
+                let state = DesiredState {
+                    services: part
+                        .map(|(port, state)| (port.clone(), state.clone()))
+                        .collect(),
+                    ..DesiredState::default()
+                };
+                let addresses = false;
+                let part = Part {
+                    services,
+                    addresses,
+                };
+                (state, Some(part))
+            }
+        };
+        let observed = self.observed.as_mut().unwrap();
+        let bounds = Bounds {
+            scope,
+            touched: None,
+        };
+        let plan = self.backend.plan(observed, &state, bounds);
+        let changes = plan.len();
+        if let Err(error) = self.backend.apply(&plan, &state) {
+            self.observed = None;
+            return Err(error);
+        }
+        for key in &plan.deletions {
+            observed.remove(key);
+        }
+        observed.extend(plan.upserts);
+        Ok(changes)
+    }
+
+    fn set(&mut self, id: u8, seed: Option<u64>) {
+        self.state
+            .services
+            .retain(|port, _| port.service != name(id));
+        let states = seed.map(|seed| service_of(id, seed)).unwrap_or_default();
+        let states = states.into_iter().map(|state| (state.key.clone(), state));
+        self.state.services.extend(states);
+    }
+
+    fn assert_like_fresh(&mut self, rules: &Rules) {
+        let found = self.backend.observe().unwrap();
+        assert_eq!(
+            self.observed.as_ref(),
+            Some(&found),
+            "what is believed is there"
+        );
+        let fresh = holding(rules.clone(), &self.state);
+        let (left, right) = (self.backend.tables(), fresh.tables());
+        for (table, chains) in &right.tables {
+            assert_eq!(&left.tables[table], chains, "{table:?}");
+        }
+        assert_eq!(left.sets, right.sets);
+        let again = self.backend.plan(&found, &self.state, Bounds::default());
+        assert!(again.is_empty(), "a restart changes nothing: {again:?}");
+    }
+}
+
+fn steps() -> impl Strategy<Value = Vec<(u8, Option<u64>)>> {
+    prop::collection::vec((0..60_u8, prop::option::weighted(0.8, any::<u64>())), 1..80)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn changes_lead_where_a_fresh_start_leads(steps in steps(), batch in 1..12_usize) {
+        let mut driver = Driver::new(Simulated::default(), rules());
+        driver.turn(&BTreeSet::new()).unwrap();
+        for steps in steps.chunks(batch) {
+            for (id, seed) in steps {
+                driver.set(*id, *seed);
+            }
+            let touched = steps.iter().map(|(id, _)| name(*id)).collect();
+            driver.turn(&touched).unwrap();
+        }
+        driver.assert_like_fresh(&rules());
+    }
+
+    #[test]
+    fn faults_and_restarts_lead_nowhere_else(steps in steps(), seed in any::<u64>()) {
+        let tables = Simulated { fault_rate: 10, seed, ..Simulated::default() };
+        let mut driver = Driver::new(tables, rules());
+        for (at, (id, seed)) in steps.iter().enumerate() {
+            driver.set(*id, *seed);
+            if at % 7 == 0 {
+                let tables = std::mem::take(driver.backend.tables_mut());
+                let state = std::mem::take(&mut driver.state);
+                driver = Driver { state, ..Driver::new(tables, rules()) };
+            }
+            let touched = BTreeSet::from([name(*id)]);
+            while driver.turn(&touched).is_err() {}
+        }
+        driver.backend.tables_mut().fault_rate = 0;
+        driver.assert_like_fresh(&rules());
+    }
+}
+
+#[test]
+fn what_another_configuration_left_is_taken_over() {
+    let old = Rules {
+        features: Features::default(),
+        masquerade_all: true,
+        ..rules()
+    };
+    let mut driver = Driver::new(Simulated::default(), old);
+    for id in 0..40 {
+        driver.set(id, Some(u64::from(id)));
+    }
+    driver.turn(&BTreeSet::new()).unwrap();
+    let Driver { backend, state, .. } = driver;
+    let mut driver = Driver {
+        state,
+        ..Driver::new(backend.tables().clone(), rules())
+    };
+    driver.turn(&BTreeSet::new()).unwrap();
+    driver.assert_like_fresh(&rules());
+}
+
+#[test]
+fn other_peoples_rules_stay_and_so_do_chains_that_they_use() {
+    let mut driver = Driver::new(Simulated::default(), rules());
+    driver.set(1, Some(1));
+    driver.turn(&BTreeSet::new()).unwrap();
+    let nat = (Family::V4, Table::Nat);
+    let before = driver.backend.tables().tables[&nat].clone();
+    let used = before
+        .keys()
+        .find(|name| name.starts_with("KUBE-SVC-"))
+        .unwrap()
+        .clone();
+    let tables = driver.backend.tables_mut();
+    let foreign = vec![format!("-d 10.9.9.9/32 -j {used}")];
+    let nat_chains = tables.tables.get_mut(&nat).unwrap();
+    nat_chains.insert("MINE".to_owned(), foreign.clone());
+    nat_chains
+        .get_mut("PREROUTING")
+        .unwrap()
+        .push("-j MINE".to_owned());
+    driver.observed = None;
+    driver.set(1, None);
+    driver.turn(&BTreeSet::new()).unwrap();
+    let after = &driver.backend.tables().tables[&nat];
+    assert_eq!(after["MINE"], foreign);
+    assert_eq!(after["PREROUTING"].last().unwrap(), "-j MINE");
+    assert_eq!(after[&used], [""; 0]);
+    assert!(!after.keys().any(|name| name.starts_with("KUBE-EXT-")));
+}
+
+#[test]
+fn deleted_rules_come_back_and_nothing_else_is_written() {
+    let mut driver = Driver::new(Simulated::default(), rules());
+    for id in 0..40 {
+        driver.set(id, Some(u64::from(id)));
+    }
+    driver.turn(&BTreeSet::new()).unwrap();
+    let nat = driver
+        .backend
+        .tables_mut()
+        .tables
+        .get_mut(&(Family::V4, Table::Nat))
+        .unwrap();
+    nat.get_mut("PREROUTING").unwrap().clear();
+    nat.get_mut("KUBE-MARK-MASQ").unwrap().clear();
+    driver.observed = None;
+    assert_eq!(driver.turn(&BTreeSet::new()).unwrap(), 2);
+    driver.assert_like_fresh(&rules());
+}
+
+/// The text of what one turn wrote.
+fn written(driver: &mut Driver, id: u8, seed: Option<u64>) -> String {
+    driver.backend.tables_mut().log.clear();
+    driver.set(id, seed);
+    driver.turn(&BTreeSet::from([name(id)])).unwrap();
+    let log = driver.backend.tables().log.iter();
+    log.map(|(_, _, text)| text.as_str()).collect()
+}
+
+#[test]
+fn a_change_writes_the_chains_that_it_changes() {
+    let mut driver = Driver::new(Simulated::default(), rules());
+    for id in 0..200 {
+        driver.set(id, Some(2));
+    }
+    driver.turn(&BTreeSet::new()).unwrap();
+    let all: usize = driver
+        .backend
+        .tables()
+        .log
+        .iter()
+        .map(|(_, _, text)| text.len())
+        .sum();
+    assert_eq!(written(&mut driver, 7, Some(2)), "");
+    let gone = written(&mut driver, 7, None);
+    assert!(
+        gone.len() * 5 < all,
+        "{} of {all} bytes\n{gone}",
+        gone.len()
+    );
+}
+
+#[test]
+fn while_a_source_is_incomplete_nothing_is_taken_away() {
+    let mut driver = Driver::new(Simulated::default(), rules());
+    for id in 0..20 {
+        driver.set(id, Some(2));
+    }
+    driver.turn(&BTreeSet::new()).unwrap();
+    let full = driver.backend.tables().clone();
+    let restarted = Driver::new(full.clone(), rules());
+    let Driver { mut backend, .. } = restarted;
+    let observed = backend.observe().unwrap();
+    let (nobody, seen) = (BTreeSet::new(), BTreeSet::from([name(3)]));
+    for touched in [&nobody, &seen] {
+        let mut state = of(&service_of(3, 2).iter().collect::<Vec<_>>());
+        let first = state.services.values_mut().next().unwrap();
+        let moved = ip(first.key.family, "10.244.5.5");
+        first.backends = vec![endpoint(moved, false)];
+        let addresses = false;
+        let touched = Part {
+            services: touched,
+            addresses,
+        };
+        let bounds = Bounds {
+            scope: None,
+            touched: Some(touched),
+        };
+        let plan = backend.plan(&observed, &state, bounds);
+        assert_eq!(plan.deletions, []);
+        let own: BTreeSet<_> = backend.known.keys_of(touched.services).collect();
+        let upserts = plan.upserts.iter().map(|(key, _)| key);
+        let rewritten: BTreeSet<_> = upserts.filter(|key| observed.contains_key(key)).collect();
+        assert!(rewritten.is_subset(&own), "{rewritten:?}");
+        assert_eq!(rewritten.is_empty(), touched.services.is_empty());
+    }
+}

@@ -1,0 +1,189 @@
+//! A rule read back: what a kernel would match and do. Refuses every word that it does not know.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+
+use crate::state::Protocol;
+
+/// What a packet has, or with false, has not.
+pub type Is<T> = (bool, T);
+
+/// A rule.
+#[derive(Clone, Debug, Default)]
+pub struct Parsed {
+    pub source: Option<Is<IpNet>>,
+    pub destination: Option<Is<IpNet>>,
+    pub interface: Option<Is<String>>,
+    pub protocol: Option<Protocol>,
+    pub ports: Option<(u16, u16)>,
+    pub states: Option<Is<Vec<String>>>,
+    pub mark: Option<Is<u32>>,
+    pub source_is_local: bool,
+    pub destination_is_local: bool,
+    pub probability: Option<f64>,
+    pub set: Option<String>,
+    pub seen: Option<String>,
+    pub sees: Option<String>,
+    pub target: Target,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Target {
+    #[default]
+    None,
+    Chain(String),
+    Return,
+    Accept,
+    Drop,
+    Reject,
+    Translate(SocketAddr),
+    /// Bits to clear, then bits to flip.
+    Mark(u32, u32),
+    Masquerade,
+    Remember(String),
+}
+
+fn words(rule: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for (at, part) in rule.split('"').enumerate() {
+        match at % 2 {
+            0 => found.extend(part.split_whitespace().map(str::to_owned)),
+            _ => found.push(part.to_owned()),
+        }
+    }
+    found
+}
+
+fn number(text: &str) -> Result<u32, String> {
+    let digits = text.strip_prefix("0x").ok_or(format!("mark {text}"))?;
+    u32::from_str_radix(digits, 16).map_err(|error| format!("{text}: {error}"))
+}
+
+fn pair(text: &str) -> Result<(u32, u32), String> {
+    let (a, b) = text.split_once('/').ok_or(format!("mark {text}"))?;
+    Ok((number(a)?, number(b)?))
+}
+
+fn net(text: &str, full: bool) -> Result<IpNet, String> {
+    let net: IpNet = text.parse().map_err(|_| format!("network {text}"))?;
+    match net == net.trunc() && (net.prefix_len() > 0 || full) {
+        true => Ok(net),
+        false => Err(format!("network {text} is printed otherwise")),
+    }
+}
+
+impl Parsed {
+    pub fn new(rule: &str) -> Result<Self, String> {
+        let mut parsed = Self::default();
+        let words = words(rule);
+        let mut words = words.iter().map(String::as_str);
+        let mut holds = true;
+        while let Some(word) = words.next() {
+            let mut next = || words.next().ok_or(format!("{word} lacks a value"));
+            match word {
+                "!" => {
+                    holds = false;
+                    continue;
+                }
+                "-s" => parsed.source = Some((holds, net(next()?, false)?)),
+                "-d" => parsed.destination = Some((holds, net(next()?, false)?)),
+                "-i" => parsed.interface = Some((holds, next()?.to_owned())),
+                "-p" => {
+                    parsed.protocol = Some(match next()? {
+                        "tcp" => Protocol::Tcp,
+                        "udp" => Protocol::Udp,
+                        "sctp" => Protocol::Sctp,
+                        other => return Err(format!("protocol {other}")),
+                    });
+                }
+                "-m" => match next()? {
+                    "comment" | "conntrack" | "mark" | "addrtype" | "statistic" | "set"
+                    | "recent" | "nfacct" => {}
+                    of @ ("tcp" | "udp" | "sctp") => {
+                        let is = parsed.protocol.map(|p| p.to_string().to_lowercase());
+                        if is.as_deref() != Some(of) {
+                            return Err(format!("-m {of} without -p {of}"));
+                        }
+                    }
+                    other => return Err(format!("match {other}")),
+                },
+                "--comment" | "--mode" | "--seconds" | "--mask" | "--nfacct-name"
+                | "--reject-with" => {
+                    next()?;
+                }
+                "--reap" | "--rsource" | "--random-fully" | "--exist" | "src" => {}
+                "--ctstate" => {
+                    let states = next()?.split(',').map(str::to_owned).collect();
+                    parsed.states = Some((holds, states));
+                }
+                "--mark" => {
+                    let (value, mask) = pair(next()?)?;
+                    if value != mask {
+                        return Err("a mark of which only some bits are set".to_owned());
+                    }
+                    parsed.mark = Some((holds, mask));
+                }
+                "--src-type" => parsed.source_is_local = next()? == "LOCAL",
+                "--dst-type" => parsed.destination_is_local = next()? == "LOCAL",
+                "--probability" => {
+                    let value = next()?;
+                    let chance = value.parse().map_err(|_| format!("chance {value}"))?;
+                    parsed.probability = Some(chance);
+                }
+                "--match-set" => parsed.set = Some(next()?.to_owned()),
+                "--rcheck" => parsed.seen = Some(String::new()),
+                "--set" => parsed.sees = Some(String::new()),
+                "--name" => {
+                    let name = next()?.to_owned();
+                    match (&mut parsed.seen, &mut parsed.sees) {
+                        (Some(list), None) | (None, Some(list)) => *list = name,
+                        _ => return Err("a list without a purpose".to_owned()),
+                    }
+                }
+                "--dport" => {
+                    let value = next()?;
+                    let (first, last) = value.split_once(':').unwrap_or((value, value));
+                    let port = |text: &str| text.parse().map_err(|_| format!("port {text}"));
+                    parsed.ports = Some((port(first)?, port(last)?));
+                    parsed.protocol.ok_or("a port without a protocol")?;
+                }
+                "-j" => {
+                    parsed.target = match next()? {
+                        "RETURN" => Target::Return,
+                        "ACCEPT" => Target::Accept,
+                        "DROP" => Target::Drop,
+                        "REJECT" => Target::Reject,
+                        "MASQUERADE" => Target::Masquerade,
+                        "DNAT" | "MARK" | "SET" => Target::None,
+                        chain => Target::Chain(chain.to_owned()),
+                    }
+                }
+                "--to-destination" => {
+                    let value = next()?;
+                    parsed.protocol.ok_or("DNAT to a port without a protocol")?;
+                    let to = value.parse().map_err(|_| format!("address {value}"))?;
+                    parsed.target = Target::Translate(to);
+                }
+                "--set-xmark" => {
+                    let (value, mask) = pair(next()?)?;
+                    parsed.target = Target::Mark(mask, value);
+                }
+                "--add-set" => parsed.target = Target::Remember(next()?.to_owned()),
+                other => return Err(format!("unknown word {other:?}")),
+            }
+            holds = true;
+        }
+        Ok(parsed)
+    }
+
+    /// The family that its addresses have, if it has any.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let nets = [self.source, self.destination].into_iter().flatten();
+        let to = match self.target {
+            Target::Translate(to) => Some(to.ip()),
+            _ => None,
+        };
+        nets.map(|(_, net)| net.addr()).chain(to)
+    }
+}

@@ -1,0 +1,93 @@
+//! A line that the tool refuses costs the Service that it is for, and no other.
+
+use super::*;
+
+fn web(number: u8) -> ServiceState {
+    let mut service = service(Family::V4, &format!("web-{number}"));
+    service.frontends.truncate(1);
+    service.frontends[0].address = [10, 96, 0, number].into();
+    service.backends = vec![endpoint([10, 244, 1, number].into(), false)];
+    service
+}
+
+fn client(number: u8) -> Packet {
+    let vip = ([10, 96, 0, number].into(), 80);
+    packet([10, 244, 0, 5].into(), Some("cni0"), vip)
+}
+
+fn served(backend: &IptablesBackend<Simulated>, number: u8) -> bool {
+    let to = format!("10.244.1.{number}:8080");
+    ends(backend, &client(number)) == texts([&to])
+}
+
+/// Applies `services` over tables that refuse some words.
+fn apply(
+    backend: &mut IptablesBackend<Simulated>,
+    services: &[ServiceState],
+    refuses: &[&str],
+    names_lines: bool,
+) -> Result<(), Error> {
+    let tables = backend.tables_mut();
+    tables.refuses = refuses.iter().map(|word| (*word).to_owned()).collect();
+    tables.names_lines = names_lines;
+    let state = of(&services.iter().collect::<Vec<_>>());
+    let observed = backend.observe().unwrap();
+    let plan = backend.plan(&observed, &state, Bounds::default());
+    backend.apply(&plan, &state)
+}
+
+fn names(backend: &IptablesBackend<Simulated>) -> Vec<String> {
+    backend.left_out().keys().map(ToString::to_string).collect()
+}
+
+#[test]
+fn the_others_go_in_whether_or_not_the_line_is_named() {
+    let services: Vec<_> = (0..60).map(web).collect();
+    for names_lines in [true, false] {
+        // An endpoint's rule of one, a frontend's of another.
+        let refuses = ["10.244.1.7:8080", "-d 10.96.0.41/32 -p tcp -m comment"];
+        let mut backend = IptablesBackend::new(Simulated::default(), rules());
+        apply(&mut backend, &services, &refuses, names_lines).unwrap();
+        assert_eq!(
+            names(&backend),
+            ["default/web-41:http", "default/web-7:http"]
+        );
+        for number in 0..60 {
+            assert_eq!(
+                served(&backend, number),
+                ![7, 41].contains(&number),
+                "{number}"
+            );
+        }
+        // The tool was changed: everything is planned again, and they go in.
+        apply(&mut backend, &services, &[], names_lines).unwrap();
+        assert_eq!(names(&backend), [""; 0]);
+        assert!(served(&backend, 7) && served(&backend, 41));
+    }
+}
+
+#[test]
+fn a_service_whose_change_is_refused_is_served_as_before() {
+    let mut services: Vec<_> = (0..20).map(web).collect();
+    let mut backend = holding(rules(), &of(&services.iter().collect::<Vec<_>>()));
+    services[3]
+        .backends
+        .push(endpoint([10, 244, 9, 9].into(), false));
+    services[4].backends[0].address = [10, 244, 1, 44].into();
+    apply(&mut backend, &services, &["10.244.9.9:8080"], true).unwrap();
+    assert_eq!(names(&backend), ["default/web-3:http"]);
+    assert!(served(&backend, 3));
+    assert_eq!(ends(&backend, &client(4)), texts(["10.244.1.44:8080"]));
+}
+
+#[test]
+fn a_refusal_that_no_service_is_to_blame_for_is_an_error() {
+    for names_lines in [true, false] {
+        let mut backend = IptablesBackend::new(Simulated::default(), rules());
+        let services = [web(1), web(2)];
+        let result = apply(&mut backend, &services, &["MASQUERADE"], names_lines);
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("no Service is to blame"), "{message}");
+        assert!(message.contains("does not like MASQUERADE"), "{message}");
+    }
+}
