@@ -64,7 +64,7 @@ pub struct IptablesBackend<T> {
     tables: T,
     rules: Rules,
     known: Known,
-    /// Chains of ours that rules of others use: never removed.
+    /// Chains of ours that rules of others use: emptied, never removed.
     referenced: BTreeSet<(Family, Table, ChainName)>,
     has_kubelet_firewall: bool,
     /// The order of the tables in the next apply.
@@ -117,7 +117,8 @@ impl<T: Tables> Backend for IptablesBackend<T> {
             desired.insert(key, digest(body));
         };
         let change = self.known.take(&self.rules, state, bounds.scope, &mut note);
-        self.filter_first = change.refuses_more;
+        // What is served from now on must not meet a moment without either; what no longer is comes second.
+        self.filter_first = change.refuses_more && !change.refuses_less;
         let mut plan = match bounds.scope {
             None => {
                 self.known.is_complete = bounds.touched.is_none();

@@ -7,7 +7,7 @@ use super::{
     draft::{Chain, Draft, LeftOut, Line, Text},
     names::ChainName,
     rules::{
-        base::KUBELET_FIREWALL,
+        base::{self, Anchor, KUBELET_FIREWALL},
         service,
         tree::{Wanted, is_leaf_of, leaf_owner},
     },
@@ -70,61 +70,60 @@ impl<T: Tables> IptablesBackend<T> {
         plan: &Plan<Key, u64>,
         state: &DesiredState,
     ) -> Draft {
-        let mut draft = Draft::default();
-        let mut wanted: BTreeSet<ChainName> = BTreeSet::new();
-        for (key, _) in &plan.upserts {
-            match key {
-                Key::Chain(f, t, chain) if (*f, *t) == (family, table) => {
-                    wanted.insert(*chain);
-                }
-                Key::Anchor(f, t, anchor) if (*f, *t) == (family, table) => {
-                    draft.anchors.push(*anchor);
-                    let is_new = family == Family::V4 && !self.has_kubelet_firewall;
-                    draft.makes_kubelet_firewall |=
-                        is_new && anchor.chain == KUBELET_FIREWALL.as_str();
-                }
-                Key::Set(_) | Key::Chain(..) | Key::Anchor(..) => {}
-            }
-        }
-        let gone = plan.deletions.iter().filter_map(|key| match key {
+        let chain = |key: &Key| match key {
             Key::Chain(f, t, chain) if (*f, *t) == (family, table) => Some(*chain),
             Key::Set(_) | Key::Chain(..) | Key::Anchor(..) => None,
+        };
+        let wanted = plan.upserts.iter().filter_map(|(key, _)| chain(key));
+        let missing = plan.upserts.iter().filter_map(|(key, _)| match key {
+            Key::Anchor(f, t, anchor) if (*f, *t) == (family, table) => Some(*anchor),
+            Key::Set(_) | Key::Chain(..) | Key::Anchor(..) => None,
         });
-        draft.deletions = gone.collect();
-        if wanted.is_empty() {
-            return draft;
+        let missing: BTreeSet<Anchor> = missing.collect();
+        let anchors = base::anchors(&self.rules, family);
+        let anchors = anchors.filter(|(of, anchor)| *of == table && missing.contains(anchor));
+        let mut names = missing.iter().map(|anchor| anchor.chain);
+        let guards = names.any(|name| name == KUBELET_FIREWALL.as_str());
+        Draft {
+            chains: self.chains(family, table, &wanted.collect(), state),
+            anchors: anchors.map(|(_, anchor)| anchor).collect(),
+            deletions: plan.deletions.iter().filter_map(chain).collect(),
+            makes_kubelet_firewall: guards && !self.has_kubelet_firewall,
         }
-        let mut owner = None;
-        let mut add = |key, body: &str, owner: &Option<ServicePort>| match key {
+    }
+
+    /// Renders some chains of a table; empty are those that nobody asks for any more.
+    fn chains(
+        &self,
+        family: Family,
+        table: Table,
+        wanted: &BTreeSet<ChainName>,
+        state: &DesiredState,
+    ) -> BTreeMap<ChainName, Chain> {
+        let empty = wanted.iter().map(|name| (*name, Chain::default()));
+        let mut chains: BTreeMap<ChainName, Chain> = empty.collect();
+        let mut add = |key, body: &str, owner: Option<&ServicePort>| match key {
             Key::Chain(f, t, name) if (f, t) == (family, table) && wanted.contains(&name) => {
-                let chain = Chain {
-                    body: body.to_owned(),
-                    owner: owner.clone(),
-                };
-                draft.chains.insert(name, chain);
+                let body = body.to_owned();
+                let owner = owner.cloned();
+                chains.insert(name, Chain { body, owner });
             }
             Key::Set(_) | Key::Chain(..) | Key::Anchor(..) => {}
         };
         if wanted.iter().any(|chain| is_shared(table, *chain)) {
             let is_wanted: &Wanted<'_> = &|chain, _| wanted.contains(&chain);
-            let mut add = |key, body: &str| add(key, body, &owner);
+            let mut add = |key, body: &str| add(key, body, None);
             self.known
                 .render_shared(&self.rules, family, table, is_wanted, &mut add);
         }
-        if table == Table::Nat {
+        if table == Table::Nat && !wanted.is_empty() {
             let services = state.services.iter();
             for (port, service) in services.filter(|(port, _)| port.family == family) {
-                owner = Some(port.clone());
-                service::render(&self.rules, service, &mut |key, body| {
-                    add(key, body, &owner);
-                });
+                let mut add = |key, body: &str| add(key, body, Some(port));
+                service::render(&self.rules, service, &mut add);
             }
         }
-        for name in wanted {
-            // One that is emptied.
-            draft.chains.entry(name).or_default();
-        }
-        draft
+        chains
     }
 }
 

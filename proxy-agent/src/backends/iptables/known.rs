@@ -47,6 +47,8 @@ pub(super) struct Change {
     pub(super) addresses: bool,
     /// A frontend is refused that was not.
     pub(super) refuses_more: bool,
+    /// A frontend is no longer refused.
+    pub(super) refuses_less: bool,
 }
 
 impl Known {
@@ -141,8 +143,12 @@ impl Change {
         };
         self.leaves = differ(old, new);
         self.leaves.extend(differ(new, old));
+        let refused = |leaves: &Leaves, key: &LeafKey| {
+            key.root.table() == Table::Filter && leaves.contains_key(key)
+        };
         let mut changed = self.leaves.iter();
-        self.refuses_more =
-            changed.any(|key| key.root.table() == Table::Filter && new.contains_key(key));
+        self.refuses_more = changed.any(|key| refused(new, key) && !refused(old, key));
+        let mut changed = self.leaves.iter();
+        self.refuses_less = changed.any(|key| refused(old, key) && !refused(new, key));
     }
 }

@@ -230,6 +230,7 @@ impl Target {
 mod tests {
     use super::*;
 
+    /// The words are those of iptables-save 1.8.9, legacy and nft variant alike.
     #[test]
     fn rules_are_spelled_as_iptables_save_prints_them() {
         let chain = ChainName::fixed("KUBE-SVC-X");

@@ -236,6 +236,60 @@ fn a_change_writes_the_chains_that_it_changes() {
     );
 }
 
+/// The tables that one turn writes, in their order.
+fn tables_written(old: &DesiredState, new: &DesiredState) -> Vec<Table> {
+    let mut backend = holding(rules(), old);
+    backend.tables_mut().log.clear();
+    let observed = backend.observe().unwrap();
+    let plan = backend.plan(&observed, new, Bounds::default());
+    backend.apply(&plan, new).unwrap();
+    let log = backend.tables().log.iter();
+    log.map(|(_, table, _)| *table).collect()
+}
+
+#[test]
+fn who_becomes_served_is_translated_first_and_who_is_no_longer_is_refused_first() {
+    let state = |a: bool, b: bool| {
+        let services = [(a, "10.96.0.1"), (b, "10.96.0.2")].map(|(is_served, vip)| {
+            let mut service = service(Family::V4, vip);
+            service.frontends.truncate(1);
+            service.frontends[0].address = ip(Family::V4, vip);
+            match is_served {
+                true => with_endpoints(service),
+                false => service,
+            }
+        });
+        of(&services.iter().collect::<Vec<_>>())
+    };
+    let (filter, nat) = (Table::Filter, Table::Nat);
+    for (old, new, order) in [
+        (state(true, true), state(true, false), [filter, nat]),
+        (state(true, false), state(true, true), [nat, filter]),
+        (state(true, false), state(false, true), [nat, filter]),
+    ] {
+        assert_eq!(tables_written(&old, &new), order);
+    }
+}
+
+#[test]
+fn jumps_are_in_kube_proxys_order() {
+    let backend = holding(rules(), &DesiredState::default());
+    let forward = &backend.tables().chains(Family::V4, Table::Filter)["FORWARD"];
+    let targets: Vec<_> = forward
+        .iter()
+        .filter_map(|rule| rule.rsplit(' ').next())
+        .collect();
+    assert_eq!(
+        targets,
+        [
+            "KUBE-PROXY-FIREWALL",
+            "KUBE-FORWARD",
+            "KUBE-SERVICES",
+            "KUBE-EXTERNAL-SERVICES"
+        ]
+    );
+}
+
 #[test]
 fn while_a_source_is_incomplete_nothing_is_taken_away() {
     let mut driver = Driver::new(Simulated::default(), rules());
