@@ -1,4 +1,4 @@
-//! Ordinary manifests become the desired state and then the maps, written down in `tests/golden/<case>`.
+//! Ordinary manifests become the desired state and then maps and rules, written down in `tests/golden/<case>`.
 //!
 //! Each case is a folder of manifests as seen from `node-a`; `addresses.txt` names other node addresses than the usual ones.
 //! `BLESS=1` (`cargo xtask bless`) rewrites what is expected: review the difference.
@@ -18,11 +18,13 @@ use proxy_agent::{
     backends::{
         Backend, Bounds,
         ebpf::{EbpfBackend, describe, simulated::Simulated},
+        iptables,
+        iptables::rules::{Features, LocalPods, NodePorts, Rules},
     },
     compile::{Compiled, Compiler},
     model::{Model, NodeName, Update},
     sources::file::Manifests,
-    state::DesiredState,
+    state::{DesiredState, Family},
 };
 
 const NODE: &str = "node-a";
@@ -31,7 +33,8 @@ const ADDRESSES: &str = "192.168.0.1 fd00:192:168::1 fe80::1";
 fn cases() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
     let entries = fs::read_dir(folder).unwrap();
-    let mut cases: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    let mut cases: Vec<_> = paths.filter(|path| path.is_dir()).collect();
     cases.sort();
     cases
 }
@@ -80,6 +83,49 @@ fn maps(state: &DesiredState) -> String {
     describe(backend.store()).unwrap()
 }
 
+/// kube-proxy's defaults, on a host that can do everything, with the pod networks known.
+fn rules_of_node() -> Rules {
+    let networks = ["10.244.0.0/16", "fd00:10:244::/56"];
+    Rules {
+        families: [Family::V4, Family::V6].into(),
+        masquerade_mark: 0x4000,
+        masquerade_all: false,
+        local_pods: LocalPods::Networks(networks.map(|net| net.parse().unwrap()).into()),
+        node_ports: NodePorts::All,
+        localhost_node_ports: true,
+        node_addresses: vec![[192, 168, 0, 1].into()],
+        conntrack_liberal: false,
+        features: Features {
+            random_fully: true,
+            ipset: true,
+            nfacct: false,
+        },
+    }
+}
+
+/// The rules of the packet layer that `state` adds to those of a cluster without Services.
+fn rules(state: &DesiredState) -> String {
+    let text = iptables::describe(&rules_of_node(), state);
+    let constant = iptables::describe(&rules_of_node(), &DesiredState::default());
+    let constant: BTreeSet<&str> = constant
+        .lines()
+        .filter(|line| !line.starts_with('*'))
+        .collect();
+    let mut lines = text
+        .lines()
+        .filter(|line| !constant.contains(line))
+        .peekable();
+    let mut added = String::new();
+    while let Some(line) = lines.next() {
+        let is_header = |line: &str| line.starts_with('*');
+        let is_empty = lines.peek().is_none_or(|next| is_header(next));
+        if !(is_header(line) && is_empty) {
+            let _ = writeln!(added, "{line}");
+        }
+    }
+    added
+}
+
 fn check(file: &Path, actual: &str, failures: &mut Vec<String>) {
     if env::var_os("BLESS").is_some() {
         fs::write(file, actual).unwrap();
@@ -95,12 +141,13 @@ fn check(file: &Path, actual: &str, failures: &mut Vec<String>) {
 }
 
 #[test]
-fn manifests_become_the_expected_state_and_maps() {
+fn manifests_become_the_expected_state_maps_and_rules() {
     let mut failures = Vec::new();
     for case in cases() {
         let (text, state) = compile(&case);
         check(&case.join("state.txt"), &text, &mut failures);
         check(&case.join("maps.txt"), &maps(&state), &mut failures);
+        check(&case.join("rules.txt"), &rules(&state), &mut failures);
     }
     assert!(
         failures.is_empty(),
@@ -108,6 +155,15 @@ fn manifests_become_the_expected_state_and_maps() {
         failures.len(),
         failures.join("\n")
     );
+}
+
+#[test]
+fn a_cluster_without_services_has_these_rules() {
+    let text = iptables::describe(&rules_of_node(), &DesiredState::default());
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/rules.txt");
+    let mut failures = Vec::new();
+    check(&file, &text, &mut failures);
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 #[test]
