@@ -29,8 +29,12 @@ pub use describe::describe;
 use known::Known;
 use names::ChainName;
 pub use rules::base::Anchor;
-use rules::{Rules, base};
+use rules::{
+    Rules, base,
+    tree::{Leaf, LeafKey},
+};
 use save::{digest, parse};
+use shared::is_shared;
 use tables::{AddressSet, Table, Tables};
 
 /// What a change is about.
@@ -67,6 +71,8 @@ pub struct IptablesBackend<T> {
     /// Chains of ours that rules of others use: emptied, never removed.
     referenced: BTreeSet<(Family, Table, ChainName)>,
     has_kubelet_firewall: bool,
+    /// What was dispatched when it was observed, while that may have to stay.
+    found: Vec<(LeafKey, Leaf)>,
     /// The order of the tables in the next apply.
     filter_first: bool,
     left_out: BTreeMap<ServicePort, String>,
@@ -81,6 +87,7 @@ impl<T: Tables> IptablesBackend<T> {
             known: Known::default(),
             referenced: BTreeSet::new(),
             has_kubelet_firewall: false,
+            found: Vec::new(),
             filter_first: true,
             left_out: BTreeMap::new(),
         }
@@ -121,7 +128,11 @@ impl<T: Tables> Backend for IptablesBackend<T> {
         self.filter_first = change.refuses_more && !change.refuses_less;
         let mut plan = match bounds.scope {
             None => {
-                self.known.is_complete = bounds.touched.is_none();
+                let found = std::mem::take(&mut self.found);
+                if let Some(touched) = bounds.touched {
+                    self.known.keep(&found, touched.services);
+                    self.found = found;
+                }
                 self.left_out.clear();
                 self.known.render_all_shared(&self.rules, &mut note);
                 diff(observed, &desired)
@@ -139,9 +150,13 @@ impl<T: Tables> Backend for IptablesBackend<T> {
         };
         self.spare_referenced(observed, &mut plan);
         if let Some(touched) = bounds.touched {
-            // Who else has frontends in a chain of many Services is not known yet.
             let free: BTreeSet<&Key> = self.known.keys_of(touched.services).collect();
-            let may_change = |key: &Key| free.contains(key) || self.known.may_rewrite_shared(key);
+            let is_shared = |key: &Key| match key {
+                Key::Set(_) => false,
+                Key::Anchor(..) => true,
+                Key::Chain(_, table, chain) => is_shared(*table, *chain),
+            };
+            let may_change = |key: &Key| free.contains(key) || is_shared(key);
             plan.deletions.clear();
             plan.upserts
                 .retain(|(key, _)| !observed.contains_key(key) || may_change(key));
@@ -159,15 +174,17 @@ impl<T: Tables> Backend for IptablesBackend<T> {
         let sets = sets.into_iter().filter(is_ours);
         let mut found: BTreeMap<_, _> = sets.map(|set| (Key::Set(set), digest(""))).collect();
         self.referenced.clear();
+        self.found.clear();
         for &family in &self.rules.families {
             for table in [Table::Filter, Table::Nat] {
                 let anchors = base::anchors(&self.rules, family);
                 let anchors: Vec<_> = anchors.filter(|(of, _)| *of == table).collect();
                 let anchors: Vec<_> = anchors.into_iter().map(|(_, anchor)| anchor).collect();
-                let saved = parse(&self.tables.save(family, table)?, table, &anchors)?;
+                let saved = parse(&self.tables.save(family, table)?, family, table, &anchors)?;
                 if (family, table) == (Family::V4, Table::Filter) {
                     self.has_kubelet_firewall = saved.has_kubelet_firewall;
                 }
+                self.found.extend(saved.leaves);
                 let chains = saved.chains.into_iter();
                 found.extend(chains.map(|(chain, of)| (Key::Chain(family, table, chain), of)));
                 let anchors = saved.anchors.into_iter();

@@ -7,7 +7,7 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     num::NonZeroU16,
 };
 
@@ -233,16 +233,8 @@ pub(super) fn claims_of(
         }
     }
     if let Some(node_port) = port.node_port {
-        let unspecified = match family {
-            Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
-            Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        add(
-            unspecified,
-            node_port,
-            port.protocol,
-            FrontendKind::NodePort,
-        );
+        let every = family.unspecified();
+        add(every, node_port, port.protocol, FrontendKind::NodePort);
     }
     found
 }

@@ -170,7 +170,7 @@ impl<'a, T: Tables> Attempt<'a, T> {
             let message = self.message.clone();
             if self.attempts == 1 {
                 let text = self.backend.tables.save(self.family, self.table)?;
-                let saved = parse(&text, self.table, &[])?;
+                let saved = parse(&text, self.family, self.table, &[])?;
                 self.present = saved.chains.into_keys().collect();
             }
             let found = line.and_then(|line| text.line(line));

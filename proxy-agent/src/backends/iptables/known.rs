@@ -25,8 +25,6 @@ pub(super) struct Known {
     pub(super) leaves: Leaves,
     /// Those that serve node ports.
     pub(super) addresses: BTreeSet<IpAddr>,
-    /// Nothing was missing when all of it was asked for: whoever is not here does not exist.
-    pub(super) is_complete: bool,
 }
 
 /// What one service port has.
@@ -88,6 +86,27 @@ impl Known {
             self.addresses = addresses;
         }
         change
+    }
+
+    /// Keeps what was found for service ports that were not described, or not seen to change.
+    pub(super) fn keep(&mut self, found: &[(LeafKey, Leaf)], touched: &BTreeSet<ServiceName>) {
+        let mut kept: BTreeMap<&ServicePort, Vec<&(LeafKey, Leaf)>> = BTreeMap::new();
+        for entry in found {
+            let owner = &entry.1.owner;
+            if !(touched.contains(&owner.service) && self.services.contains_key(owner)) {
+                kept.entry(owner).or_default().push(entry);
+            }
+        }
+        for (owner, entries) in kept {
+            let held = self.services.entry(owner.clone()).or_default();
+            for key in &held.leaves {
+                self.leaves.remove(key);
+            }
+            held.leaves = entries.iter().map(|(key, _)| *key).collect();
+            for (key, leaf) in entries {
+                self.leaves.entry(*key).or_insert_with(|| leaf.clone());
+            }
+        }
     }
 
     fn render(&mut self, rules: &Rules, state: &DesiredState, sink: &mut Sink<'_>) -> Leaves {

@@ -17,6 +17,7 @@ use crate::state::Family;
 
 pub(super) mod base;
 mod choice;
+pub(super) mod found;
 pub(super) mod service;
 pub(super) mod tree;
 

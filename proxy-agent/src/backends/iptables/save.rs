@@ -7,10 +7,14 @@ use std::{
 
 use super::{
     names::ChainName,
-    rules::base::{self, Anchor},
+    rules::{
+        base::{self, Anchor},
+        found,
+        tree::{Leaf, LeafKey},
+    },
     tables::Table,
 };
-use crate::backends::Error;
+use crate::{backends::Error, state::Family};
 
 /// Digest of the rules of a chain, in their order.
 #[derive(Default)]
@@ -41,6 +45,8 @@ pub(super) struct Saved {
     pub(super) anchors: BTreeSet<Anchor>,
     /// Chains of ours that rules in other people's chains jump to.
     pub(super) referenced: BTreeSet<ChainName>,
+    /// What the chains of many Services dispatch.
+    pub(super) leaves: Vec<(LeafKey, Leaf)>,
     /// kubelet's chain is there.
     pub(super) has_kubelet_firewall: bool,
 }
@@ -49,7 +55,12 @@ pub(super) struct Saved {
 ///
 /// # Errors
 /// The text ends in the middle.
-pub(super) fn parse(text: &str, table: Table, anchors: &[Anchor]) -> Result<Saved, Error> {
+pub(super) fn parse(
+    text: &str,
+    family: Family,
+    table: Table,
+    anchors: &[Anchor],
+) -> Result<Saved, Error> {
     if text.lines().any(|line| line.starts_with('*')) && !text.lines().any(|line| line == "COMMIT")
     {
         return Err(Error::Unusable(format!(
@@ -70,7 +81,10 @@ pub(super) fn parse(text: &str, table: Table, anchors: &[Anchor]) -> Result<Save
             .map(|rule| rule.split_once(' ').unwrap_or((rule, "")))
         {
             match ours(table, chain) {
-                Some(chain) => digests.entry(chain).or_default().add(rule),
+                Some(chain) => {
+                    digests.entry(chain).or_default().add(rule);
+                    saved.leaves.extend(found::leaf(family, table, chain, rule));
+                }
                 None => saved.foreign(table, chain, rule, anchors),
             }
         }
@@ -140,18 +154,22 @@ COMMIT
             ]),
             anchors: BTreeSet::from([anchor]),
             referenced: BTreeSet::from([name("KUBE-SERVICES"), name("KUBE-SVC-B")]),
+            leaves: Vec::new(),
             has_kubelet_firewall: false,
         };
         assert_eq!(
-            parse(TEXT, Table::Nat, &[anchor, absent]).unwrap(),
+            parse(TEXT, Family::V4, Table::Nat, &[anchor, absent]).unwrap(),
             expected
         );
-        assert_eq!(parse("", Table::Nat, &[anchor]).unwrap(), Saved::default());
+        assert_eq!(
+            parse("", Family::V4, Table::Nat, &[anchor]).unwrap(),
+            Saved::default()
+        );
     }
 
     #[test]
     fn half_a_text_is_an_error() {
         let half = TEXT.strip_suffix("COMMIT\n# Completed\n").unwrap();
-        assert!(parse(half, Table::Nat, &[]).is_err());
+        assert!(parse(half, Family::V4, Table::Nat, &[]).is_err());
     }
 }

@@ -16,21 +16,10 @@ use crate::state::Family;
 
 /// Whether a chain serves no single Service.
 pub(super) fn is_shared(table: Table, chain: ChainName) -> bool {
-    let mut roots = Root::ALL.into_iter().filter(|root| root.table() == table);
-    base::is_base(table, chain) || roots.any(|root| root.is_above(chain))
+    base::is_base(table, chain) || Root::of(table, chain, false).is_some()
 }
 
 impl Known {
-    /// Whether a chain or anchor may be written over what was found: it is of no single Service, and all are known.
-    pub(super) fn may_rewrite_shared(&self, key: &Key) -> bool {
-        let is_shared = match key {
-            Key::Set(_) => false,
-            Key::Anchor(..) => true,
-            Key::Chain(_, table, chain) => is_shared(*table, *chain),
-        };
-        self.is_complete && is_shared
-    }
-
     /// Renders what belongs to no single Service: the anchors, and those chains that are `wanted`.
     pub(super) fn render_shared(
         &self,

@@ -88,6 +88,17 @@ impl Root {
         }
     }
 
+    /// The root of a chain that dispatches, whose rules for node ports name no address.
+    pub(in super::super) fn of(table: Table, chain: ChainName, of_node_port: bool) -> Option<Self> {
+        let roots = Self::ALL.into_iter();
+        let mut roots = roots.filter(|root| root.table() == table);
+        match roots.find(|root| root.chain() == chain || root.is_above(chain)) {
+            // kube-proxy has both in one chain.
+            Some(Self::ExternalRefused) if of_node_port => Some(Self::NodePortsRefused),
+            root => root,
+        }
+    }
+
     /// Whether a chain is below it in the tree.
     pub(in super::super) fn is_above(self, chain: ChainName) -> bool {
         chain.as_str().starts_with(self.prefix())

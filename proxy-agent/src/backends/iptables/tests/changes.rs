@@ -290,38 +290,74 @@ fn jumps_are_in_kube_proxys_order() {
     );
 }
 
+/// Rules that lead to a Service or refuse it.
+fn leaf_rules(tables: &Simulated) -> BTreeSet<(Family, Table, String)> {
+    let mut found = BTreeSet::new();
+    for ((family, table), chains) in &tables.tables {
+        let rules = chains.values().flatten();
+        let leaves = rules.filter(|rule| rule.contains("--comment \"default/"));
+        found.extend(leaves.map(|rule| (*family, *table, rule.clone())));
+    }
+    found
+}
+
 #[test]
 fn while_a_source_is_incomplete_nothing_is_taken_away() {
     let mut driver = Driver::new(Simulated::default(), rules());
-    for id in 0..20 {
-        driver.set(id, Some(2));
+    for id in 0..50 {
+        driver.set(id, Some(u64::from(id)));
     }
     driver.turn(&BTreeSet::new()).unwrap();
-    let full = driver.backend.tables().clone();
-    let restarted = Driver::new(full.clone(), rules());
-    let Driver { mut backend, .. } = restarted;
-    let observed = backend.observe().unwrap();
-    let (nobody, seen) = (BTreeSet::new(), BTreeSet::from([name(3)]));
-    for touched in [&nobody, &seen] {
-        let mut state = of(&service_of(3, 2).iter().collect::<Vec<_>>());
-        let first = state.services.values_mut().next().unwrap();
-        let moved = ip(first.key.family, "10.244.5.5");
-        first.backends = vec![endpoint(moved, false)];
-        let addresses = false;
-        let touched = Part {
-            services: touched,
-            addresses,
-        };
+    let (full, state) = (driver.backend.tables().clone(), driver.state);
+    let key = service(Family::V4, "service-4").key;
+    assert!(state.services.contains_key(&key));
+    for is_seen in [false, true] {
+        // A restart: two Services are described again, one of them otherwise than before; a third is new.
+        let mut changed = with_endpoints(service(Family::V4, "service-4"));
+        changed.frontends.truncate(1);
+        changed.frontends[0].address = [10, 97, 9, 4].into();
+        let same = service_of(7, 7);
+        let mut new = with_endpoints(service(Family::V4, "new"));
+        new.frontends[0].address = [10, 97, 9, 9].into();
+        new.frontends.truncate(1);
+        let described = [&changed, &new].into_iter().chain(&same);
+        let part = of(&described.collect::<Vec<_>>());
+        let mut backend = IptablesBackend::new(full.clone(), rules());
+        let observed = backend.observe().unwrap();
+        let seen: BTreeSet<_> = is_seen.then(|| name(4)).into_iter().collect();
         let bounds = Bounds {
             scope: None,
-            touched: Some(touched),
+            touched: Some(Part {
+                services: &seen,
+                addresses: false,
+            }),
         };
-        let plan = backend.plan(&observed, &state, bounds);
+        let plan = backend.plan(&observed, &part, bounds);
         assert_eq!(plan.deletions, []);
-        let own: BTreeSet<_> = backend.known.keys_of(touched.services).collect();
-        let upserts = plan.upserts.iter().map(|(key, _)| key);
-        let rewritten: BTreeSet<_> = upserts.filter(|key| observed.contains_key(key)).collect();
-        assert!(rewritten.is_subset(&own), "{rewritten:?}");
-        assert_eq!(rewritten.is_empty(), touched.services.is_empty());
+        backend.apply(&plan, &part).unwrap();
+
+        let (before, after) = (leaf_rules(&full), leaf_rules(backend.tables()));
+        let of_changed = |rule: &str| rule.contains("default/service-4:http");
+        let lost = before.difference(&after).map(|(_, _, rule)| rule);
+        assert!(
+            lost.clone().all(|rule| is_seen && of_changed(rule)),
+            "{lost:?}"
+        );
+        let to = |last| {
+            let vip = ([10, 97, 9, last].into(), 80);
+            packet([10, 244, 0, 5].into(), Some("cni0"), vip)
+        };
+        let served = texts(["10.244.0.9:8080", "10.244.1.9:8080"]);
+        let untouched = texts(["10.97.9.4:80"]);
+        assert_eq!(
+            ends(&backend, &to(4)),
+            if is_seen { served } else { untouched }
+        );
+
+        // The rest is described too.
+        let observed = backend.observe().unwrap();
+        let plan = backend.plan(&observed, &state, Bounds::default());
+        backend.apply(&plan, &state).unwrap();
+        assert_eq!(backend.tables().tables, full.tables);
     }
 }
