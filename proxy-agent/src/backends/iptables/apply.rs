@@ -272,7 +272,12 @@ impl<'a, T: Tables> Attempt<'a, T> {
             .into_iter()
             .filter(|owner| !known.contains_key(owner))
             .collect();
-        let base = self.left_out.clone();
+        let mut base = self.left_out.clone();
+        base.deletions = true;
+        if self.goes_in(&base, &[])? {
+            self.left_out = base;
+            return Ok(());
+        }
         if suspects.is_empty() || !self.goes_in(&base, &suspects)? {
             return Err(self.refused(&self.message.clone()));
         }

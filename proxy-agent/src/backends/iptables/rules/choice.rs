@@ -25,8 +25,8 @@ use crate::state::{Backend, Family, ServiceState};
 
 /// As many endpoints are a ladder.
 const LADDER: usize = 32;
-/// The hash of an endpoint says which groups it belongs to on so many levels.
-const LEVELS: usize = 21;
+/// Groups of groups, at most: 16,384 endpoints have a ladder of 32, more a longer one. See [`super::tree::DEPTH`].
+const LEVELS: usize = 3;
 /// More are drawn by so many groups: at 33 endpoints a quarter of a rule for each is added.
 const GROUPS: usize = 8;
 /// Longest timeout that the API allows (86,400 s, five digits in the name of a set).

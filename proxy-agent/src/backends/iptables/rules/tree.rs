@@ -28,6 +28,12 @@ const LEAVES: usize = 16;
 /// Bits that one level of the tree tells apart.
 const STEP: u32 = 4;
 
+/// Levels of a tree, at most; deeper down, all frontends have a rule each.
+///
+/// nf_tables refuses more than 15 jumps in a row (`NFT_JUMP_STACK_SIZE`; seen with iptables-nft 1.8.9). The longest way is
+/// KUBE-SERVICES, six levels, KUBE-FW, KUBE-EXT, KUBE-SVC, three levels of groups, KUBE-SEP, KUBE-MARK-MASQ.
+pub(in super::super) const DEPTH: usize = 6;
+
 /// A chain that dispatches by destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(in super::super) enum Root {
@@ -174,22 +180,24 @@ impl Part {
 
     /// Digits of the address, of the protocol, of the port: one for each level.
     fn identity(&self) -> String {
-        let digits = |address: IpAddr, count: usize| {
-            let all = match address {
-                IpAddr::V4(v4) if !v4.is_unspecified() => format!("{:08X}", v4.to_bits()),
-                IpAddr::V6(v6) if !v6.is_unspecified() => format!("{:032X}", v6.to_bits()),
-                // Node ports are told apart by protocol and port alone.
-                IpAddr::V4(_) | IpAddr::V6(_) => String::new(),
-            };
-            let end = count.min(all.len());
-            all[..end].to_owned()
+        let digits = |address: IpAddr| match address {
+            IpAddr::V4(v4) => format!("{:08X}", v4.to_bits()),
+            IpAddr::V6(v6) => format!("{:032X}", v6.to_bits()),
         };
-        let of = |address, of: Protocol| {
-            let letter = protocol(of)[..1].to_uppercase();
-            format!("{}{letter}", digits(address, usize::MAX))
+        let of = |address: IpAddr, of: Protocol| {
+            let mut text = String::new();
+            // Node ports are told apart by protocol and port alone.
+            if !address.is_unspecified() {
+                text = digits(address);
+            }
+            text + &protocol(of)[..1].to_uppercase()
         };
         match *self {
-            Self::Network(net) => digits(net.addr(), net.prefix_len() as usize / STEP as usize),
+            Self::Network(net) => {
+                let mut text = digits(net.addr());
+                text.truncate(usize::from(net.prefix_len()) / STEP as usize);
+                text
+            }
             Self::Protocol(address, protocol) => of(address, protocol),
             Self::Ports(address, protocol, first, last) => {
                 let mut text = of(address, protocol);
@@ -286,7 +294,7 @@ impl Tree<'_> {
         };
         let found: Vec<_> = leaves.range(least..).take_while(of_root).collect();
         let mut body = Body::default();
-        self.fill(&found, Some(&mut body), names, sink);
+        self.fill(&found, 0, Some(&mut body), names, sink);
         body
     }
 
@@ -294,6 +302,7 @@ impl Tree<'_> {
     fn fill(
         &self,
         leaves: &[(&LeafKey, &Leaf)],
+        depth: usize,
         mut body: Option<&mut Body>,
         names: &mut BTreeSet<ChainName>,
         sink: &mut Sink<'_>,
@@ -301,7 +310,7 @@ impl Tree<'_> {
         let (Some((first, _)), Some((last, _))) = (leaves.first(), leaves.last()) else {
             return;
         };
-        if leaves.len() <= LEAVES {
+        if leaves.len() <= LEAVES || depth == DEPTH {
             for (key, leaf) in leaves {
                 push_leaf(body.as_deref_mut(), key, leaf);
             }
@@ -321,7 +330,7 @@ impl Tree<'_> {
                 body.push(&part.rule(self.family, name));
             }
             let mut below = (self.wanted)(name, &|key| part.covers(key)).then(Body::default);
-            self.fill(leaves, below.as_mut(), names, sink);
+            self.fill(leaves, depth + 1, below.as_mut(), names, sink);
             if let Some(below) = below {
                 below.send(self.family, self.root.table(), name, sink);
             }

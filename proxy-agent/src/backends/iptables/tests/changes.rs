@@ -236,6 +236,43 @@ fn a_change_writes_the_chains_that_it_changes() {
     );
 }
 
+#[test]
+fn a_new_address_of_the_node_rewrites_one_chain() {
+    let rules = Rules {
+        node_ports: NodePorts::Listed,
+        families: [Family::V4].into(),
+        ..rules()
+    };
+    let mut state = of(&[&with_endpoints(service(Family::V4, "web"))]);
+    let mut backend = holding(rules.clone(), &state);
+    let observed = backend.observe().unwrap();
+    let node_ports = NodeAddress { node_ports: true };
+    state.addresses.insert([192, 168, 0, 1].into(), node_ports);
+    let part = DesiredState {
+        addresses: state.addresses.clone(),
+        ..DesiredState::default()
+    };
+    let scope = Some(Part {
+        services: &BTreeSet::new(),
+        addresses: true,
+    });
+    let bounds = Bounds {
+        scope,
+        touched: None,
+    };
+    let plan = backend.plan(&observed, &part, bounds);
+    let chain = ChainName::new("KUBE-SERVICES").unwrap();
+    let [(Key::Chain(Family::V4, Table::Nat, changed), _)] = plan.upserts.as_slice() else {
+        panic!("{plan:?}");
+    };
+    assert_eq!((*changed, plan.len()), (chain, 1));
+    backend.apply(&plan, &part).unwrap();
+    assert_eq!(
+        backend.tables().tables,
+        holding(rules, &state).tables().tables
+    );
+}
+
 /// The tables that one turn writes, in their order.
 fn tables_written(old: &DesiredState, new: &DesiredState) -> Vec<Table> {
     let mut backend = holding(rules(), old);

@@ -81,6 +81,25 @@ fn a_service_whose_change_is_refused_is_served_as_before() {
 }
 
 #[test]
+fn a_chain_that_cannot_be_removed_costs_nobody_anything() {
+    for names_lines in [true, false] {
+        let mut services: Vec<_> = (0..20).map(web).collect();
+        let mut backend = holding(rules(), &of(&services.iter().collect::<Vec<_>>()));
+        services.pop();
+        services[4].backends[0].address = [10, 244, 1, 44].into();
+        apply(&mut backend, &services, &["-X KUBE-SVC-"], names_lines).unwrap();
+        assert_eq!(names(&backend), [""; 0]);
+        assert_eq!(ends(&backend, &client(4)), texts(["10.244.1.44:8080"]));
+        let chains = |backend: &IptablesBackend<Simulated>| {
+            backend.tables().chains(Family::V4, Table::Nat).len()
+        };
+        let before = chains(&backend);
+        apply(&mut backend, &services, &[], names_lines).unwrap();
+        assert_eq!(chains(&backend), before - 1);
+    }
+}
+
+#[test]
 fn a_refusal_that_no_service_is_to_blame_for_is_an_error() {
     for names_lines in [true, false] {
         let mut backend = IptablesBackend::new(Simulated::default(), rules());

@@ -154,6 +154,33 @@ impl Transaction<'_> {
         }
     }
 
+    /// As nf_tables: no more than 15 jumps in a row.
+    fn commit(&self) -> Result<(), String> {
+        let mut depths = BTreeMap::new();
+        let builtin = self.chains.keys().filter(|name| is_builtin(name));
+        match builtin.map(|name| self.depth(name, &mut depths)).max() {
+            Some(16..) => Err("too many links".to_owned()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Jumps in a row, at most, from a chain on.
+    fn depth<'a>(&'a self, chain: &'a str, depths: &mut BTreeMap<&'a str, usize>) -> usize {
+        if let Some(depth) = depths.get(chain) {
+            return *depth;
+        }
+        let rules = self.chains.get(chain).into_iter().flatten();
+        let jumps = rules.filter_map(|rule| rule.rsplit_once("-j "));
+        let targets = jumps.map(|(_, target)| target);
+        let below = targets.filter(|target| self.chains.contains_key(*target));
+        let depth = below
+            .map(|target| 1 + self.depth(target, depths))
+            .max()
+            .unwrap_or(0);
+        depths.insert(chain, depth);
+        depth
+    }
+
     fn remove(&mut self, name: &str) -> Result<(), String> {
         let used = self.used.get_or_insert_with(|| {
             let rules = self.chains.values().flatten();
@@ -204,6 +231,7 @@ impl Tables for Simulated {
                 (_, false) => None,
             };
             let result = match frame {
+                Some(frame) if frame == line && line == "COMMIT" => transaction.commit(),
                 Some(frame) if frame == line => Ok(()),
                 Some(frame) => Err(format!("{line} instead of {frame}")),
                 None => transaction.line(line),

@@ -103,6 +103,37 @@ fn many_ports_of_one_address_and_many_node_ports_are_trees_too() {
     assert!(most_walked(&services, 97) <= WALKED);
 }
 
+/// Addresses that share one more digit with each of ten others, and a Service with everything below one of them.
+#[test]
+fn no_set_of_frontends_needs_more_jumps_than_nf_tables_allows() {
+    let mut services = Vec::new();
+    for digit in 0..32 {
+        for value in 1..11 {
+            let address = IpAddr::from(std::net::Ipv6Addr::from_bits(value << (4 * digit)));
+            let mut service = cluster_ip(services.len() as u32, [10, 96, 0, 1].into(), 0);
+            service.key.family = Family::V6;
+            service.affinity_seconds = Some(60);
+            service.source_ranges = vec!["fd00::/8".parse().unwrap()];
+            let endpoints = (0..if (digit, value) == (20, 1) { 3_000 } else { 1 }).map(|n| {
+                endpoint(
+                    ip(Family::V6, &format!("10.24.{}.{}", n / 250, n % 250)),
+                    true,
+                )
+            });
+            service.backends = endpoints.collect();
+            service.frontends[0].address = address;
+            service.frontends[0].kind = FrontendKind::LoadBalancer;
+            services.push(service);
+        }
+    }
+    // The simulation refuses more.
+    let backend = holding(rules(), &of(&services.iter().collect::<Vec<_>>()));
+    let to = (services[7].frontends[0].address, 80);
+    let source = ip(Family::V6, "10.5.5.5");
+    let found = ends(&backend, &packet(source, Some("eth0"), to));
+    assert_eq!(found, texts(["[fd00:24::]:8080 m"]));
+}
+
 #[test]
 fn a_packet_of_no_service_meets_a_handful_of_rules() {
     let services = cluster(5_000, 1, true);
