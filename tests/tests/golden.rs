@@ -98,6 +98,7 @@ fn rules_of_node() -> Rules {
         features: Features {
             random_fully: true,
             ipset: true,
+            recent: true,
             nfacct: false,
         },
     }

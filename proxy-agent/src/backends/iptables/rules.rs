@@ -51,7 +51,8 @@ pub enum LocalPods {
     Unknown,
     /// By its source: ClusterCIDR, or NodeCIDR. The first network of a family counts.
     Networks(Vec<IpNet>),
-    /// By the interface that it comes from: BridgeInterface, or with a trailing `+` InterfaceNamePrefix.
+    /// By the interface that it comes from: BridgeInterface, or with a trailing `+` InterfaceNamePrefix. A name that Linux
+    /// admits: no white space, fifteen bytes.
     Interface(String),
 }
 
@@ -71,6 +72,8 @@ pub struct Features {
     pub random_fully: bool,
     /// The `set` match and the `SET` target.
     pub ipset: bool,
+    /// The `recent` match: affinity without ipset. With neither there is no affinity.
+    pub recent: bool,
     /// The `nfacct` match, with kube-proxy's accounting objects in place.
     pub nfacct: bool,
 }

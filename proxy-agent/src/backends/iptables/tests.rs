@@ -7,7 +7,11 @@ use parsed::Parsed;
 use simulated::Simulated;
 use walk::{End, Host, Packet, walk};
 
-use super::{rules::*, tables::Table, *};
+use super::{
+    rules::*,
+    tables::{Table, Tables as _},
+    *,
+};
 use crate::{
     backends::Part,
     state::{
@@ -24,6 +28,7 @@ mod policies;
 mod refusals;
 mod simulated;
 mod sizes;
+mod takeover;
 mod walk;
 mod world;
 
@@ -44,6 +49,7 @@ fn rules() -> Rules {
         features: Features {
             random_fully: true,
             ipset: true,
+            recent: true,
             nfacct: false,
         },
     }

@@ -62,7 +62,8 @@ impl<'a> Choice<'a> {
         let affinity = match state.affinity_seconds {
             None => Affinity::None,
             Some(seconds) if rules.features.ipset => Affinity::Sets(seconds.min(LONGEST)),
-            Some(seconds) => Affinity::Recent(seconds),
+            Some(seconds) if rules.features.recent => Affinity::Recent(seconds),
+            Some(_) => Affinity::None,
         };
         Self {
             family: state.key.family,

@@ -65,6 +65,21 @@ fn a_client_sticks_to_its_endpoint_by_xt_recent() {
 }
 
 #[test]
+fn a_host_without_either_serves_without_affinity() {
+    let neither = Features {
+        recent: false,
+        ..with_ipset(false).features
+    };
+    let rules = Rules {
+        features: neither,
+        ..rules()
+    };
+    let backend = holding(rules, &of(&[&sticky(3)]));
+    assert_eq!(ends(&backend, &client()).len(), 3);
+    assert!(backend.tables().sets.is_empty());
+}
+
+#[test]
 fn sets_exist_while_something_uses_them_and_change_with_the_timeout() {
     let mut service = sticky(40);
     let mut backend = holding(rules(), &of(&[&service]));
