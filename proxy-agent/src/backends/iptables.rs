@@ -48,6 +48,17 @@ pub enum Key {
     Anchor(Family, Table, Anchor),
 }
 
+impl Key {
+    /// Whether no kube-proxy makes such a thing: what `cleanup` may remove beside one.
+    pub fn is_ours_alone(&self) -> bool {
+        match self {
+            Self::Set(_) => true,
+            Self::Chain(_, table, chain) => base::is_ours_alone(*table, *chain),
+            Self::Anchor(..) => false,
+        }
+    }
+}
+
 impl Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -198,6 +209,8 @@ impl<T: Tables> Backend for IptablesBackend<T> {
         Ok(found)
     }
 
+    /// A plan that deletes keys which [`Backend::observe`] gave, and has no upserts, is a clean-up.
+    ///
     /// One transaction per family and table, in an order that leaves no packet untranslated that the old and the new state
     /// translate (docs/ARCHITECTURE.md).
     fn apply(&mut self, plan: &Plan<Key, u64>, state: &DesiredState) -> Result<(), Error> {

@@ -75,11 +75,18 @@ impl<T: Tables> IptablesBackend<T> {
             Key::Set(_) | Key::Chain(..) | Key::Anchor(..) => None,
         };
         let wanted = plan.upserts.iter().filter_map(|(key, _)| chain(key));
-        let missing = plan.upserts.iter().filter_map(|(key, _)| match key {
+        let anchor = |key: &Key| match key {
             Key::Anchor(f, t, anchor) if (*f, *t) == (family, table) => Some(*anchor),
             Key::Set(_) | Key::Chain(..) | Key::Anchor(..) => None,
-        });
+        };
+        let missing = plan.upserts.iter().filter_map(|(key, _)| anchor(key));
         let missing: BTreeSet<Anchor> = missing.collect();
+        // kubelet has the guard and the jumps to it as well.
+        let is_jump = |anchor: &Anchor| {
+            let guard = KUBELET_FIREWALL.as_str();
+            anchor.chain != guard && !anchor.rule.ends_with(guard)
+        };
+        let lifted = plan.deletions.iter().filter_map(anchor);
         let anchors = base::anchors(&self.rules, family);
         let anchors = anchors.filter(|(of, anchor)| *of == table && missing.contains(anchor));
         let mut names = missing.iter().map(|anchor| anchor.chain);
@@ -88,6 +95,7 @@ impl<T: Tables> IptablesBackend<T> {
             chains: self.chains(family, table, &wanted.collect(), state),
             anchors: anchors.map(|(_, anchor)| anchor).collect(),
             deletions: plan.deletions.iter().filter_map(chain).collect(),
+            lifted: lifted.filter(is_jump).collect(),
             makes_kubelet_firewall: guards && !self.has_kubelet_firewall,
         }
     }

@@ -22,6 +22,8 @@ pub(super) struct Draft {
     pub(super) chains: BTreeMap<ChainName, Chain>,
     pub(super) anchors: Vec<Anchor>,
     pub(super) deletions: Vec<ChainName>,
+    /// Those to take away.
+    pub(super) lifted: Vec<Anchor>,
     /// kubelet's chain is missing.
     pub(super) makes_kubelet_firewall: bool,
 }
@@ -56,7 +58,14 @@ pub(super) enum Line {
 
 impl Draft {
     pub(super) fn is_empty(&self) -> bool {
-        self.chains.is_empty() && self.anchors.is_empty() && self.deletions.is_empty()
+        let Self {
+            chains,
+            anchors,
+            deletions,
+            lifted,
+            makes_kubelet_firewall: _,
+        } = self;
+        chains.is_empty() && anchors.is_empty() && deletions.is_empty() && lifted.is_empty()
     }
 
     /// The transaction: chains before rules, deletions last. `present` are the chains of the table, which matter only when
@@ -102,6 +111,9 @@ impl Draft {
         }
         for Anchor { chain, rule } in &self.anchors {
             text.push(Line::Frame, format_args!("-I {chain} {rule}"));
+        }
+        for Anchor { chain, rule } in &self.lifted {
+            text.push(Line::Frame, format_args!("-D {chain} {rule}"));
         }
         for name in deletions {
             text.push(Line::Deletion, format_args!("-X {name}"));

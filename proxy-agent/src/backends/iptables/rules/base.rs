@@ -61,6 +61,16 @@ pub(in super::super) fn is_ours(table: Table, chain: ChainName) -> bool {
     is_base(table, chain) || prefixes.any(|prefix| chain.as_str().starts_with(prefix))
 }
 
+/// Whether a chain is ours and no kube-proxy's.
+pub(in super::super) fn is_ours_alone(table: Table, chain: ChainName) -> bool {
+    let of_groups = ["KUBE-SVC-G-", "KUBE-SVC-A-"];
+    let is_group = of_groups
+        .iter()
+        .any(|prefix| chain.as_str().starts_with(prefix));
+    let is_root = chain == Root::NodePortsRefused.chain();
+    is_group || is_root || !is_base(table, chain) && Root::of(table, chain, false).is_some()
+}
+
 /// A rule of ours in a chain that is not: made sure of, never more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Anchor {

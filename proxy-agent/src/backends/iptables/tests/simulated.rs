@@ -108,6 +108,7 @@ impl Transaction<'_> {
         match (verb, words.next()) {
             (Some("-A"), Some(rule)) => self.add(name, rule, false),
             (Some("-I"), Some(rule)) => self.add(name, rule, true),
+            (Some("-D"), Some(rule)) => self.take_away(name, rule),
             (Some("-X"), None) => self.remove(name),
             _ => Err("odd line".to_owned()),
         }
@@ -152,6 +153,13 @@ impl Transaction<'_> {
             None => Ok(()),
             Some(_) => Err("a rule after a removal".to_owned()),
         }
+    }
+
+    fn take_away(&mut self, name: &str, rule: &str) -> Result<(), String> {
+        let rules = self.chains.get_mut(name).ok_or("no such chain")?;
+        let at = rules.iter().position(|known| known == rule);
+        rules.remove(at.ok_or("no such rule")?);
+        Ok(())
     }
 
     /// As nf_tables: no more than 15 jumps in a row.

@@ -103,3 +103,96 @@ fn to_gone() -> Packet {
     let vip = ([10, 96, 0, 9].into(), 80);
     packet([10, 244, 0, 5].into(), Some("cni0"), vip)
 }
+
+/// Removes what was found, as far as it is `meant`.
+fn clean_up(backend: &mut IptablesBackend<Simulated>, meant: fn(&Key) -> bool) {
+    let observed = backend.observe().unwrap();
+    let plan = Plan {
+        upserts: Vec::new(),
+        deletions: observed.into_keys().filter(meant).collect(),
+    };
+    backend.apply(&plan, &DesiredState::default()).unwrap();
+}
+
+#[test]
+fn a_clean_up_leaves_what_was_there_before_and_kubelets_guard() {
+    let mut service = web();
+    service.affinity_seconds = Some(60);
+    let mut backend = holding(rules(), &of(&[&service]));
+    clean_up(&mut backend, |_| true);
+    let guarded = Rules {
+        families: [Family::V4].into(),
+        ..rules()
+    };
+    let mut expected = Simulated::default();
+    let filter = expected
+        .tables
+        .get_mut(&(Family::V4, Table::Filter))
+        .unwrap();
+    for (_, anchor) in base::anchors(&guarded, Family::V4) {
+        if format!("{anchor:?}").contains("KUBE-FIREWALL") {
+            let rules = filter.entry(anchor.chain.to_owned()).or_default();
+            rules.push(anchor.rule.to_owned());
+        }
+    }
+    assert_eq!(backend.tables().tables, expected.tables);
+    assert!(backend.tables().sets.is_empty());
+}
+
+#[test]
+fn beside_a_kube_proxy_a_clean_up_takes_our_helpers_alone() {
+    // Ours first, then a kube-proxy that writes its own into the chains with shared names.
+    let mut services: Vec<_> = (0..40).flat_map(|id| world::service_of(id, 2)).collect();
+    services.retain(|service| service.key.family == Family::V4);
+    let mut backend = holding(rules(), &of(&services.iter().collect::<Vec<_>>()));
+    let helpers = |backend: &IptablesBackend<Simulated>| {
+        let chains = backend
+            .tables()
+            .tables
+            .values()
+            .flat_map(|chains| chains.keys());
+        let is_helper =
+            |name: &&String| name.starts_with("PROXY-AGENT-") || name.starts_with("KUBE-SVC-D-");
+        chains.filter(is_helper).count()
+    };
+    assert!(helpers(&backend) > 2);
+    for table in [Table::Nat, Table::Filter] {
+        let chains = backend
+            .tables_mut()
+            .tables
+            .get_mut(&(Family::V4, table))
+            .unwrap();
+        for (name, rules) in chains {
+            if name.starts_with("KUBE-") && !name.starts_with("KUBE-SVC-D-") {
+                rules.clear();
+            }
+        }
+    }
+    let mut others: Vec<_> = backend.tables().tables.clone().into_iter().collect();
+    for (_, chains) in &mut others {
+        chains.retain(|name, _| {
+            let ours = [
+                "PROXY-AGENT-",
+                "KUBE-SVC-D-",
+                "KUBE-SVC-N-",
+                "KUBE-SVC-G-",
+                "KUBE-SVC-A-",
+            ];
+            !ours.iter().any(|prefix| name.starts_with(prefix))
+        });
+    }
+    let v6 = backend
+        .tables_mut()
+        .tables
+        .get_mut(&(Family::V6, Table::Filter))
+        .unwrap();
+    v6.get_mut("KUBE-EXTERNAL-SERVICES").unwrap().clear();
+    clean_up(&mut backend, Key::is_ours_alone);
+    assert_eq!(helpers(&backend), 0);
+    for (table, chains) in others
+        .into_iter()
+        .filter(|((family, _), _)| *family == Family::V4)
+    {
+        assert_eq!(backend.tables().tables[&table], chains);
+    }
+}
