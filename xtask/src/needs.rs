@@ -155,6 +155,13 @@ pub const NEEDS: &[Need] = &[
     program("dig", "is the DNS client", "bind9-dnsutils"),
     program("dnsmasq", "is the DNS server", "dnsmasq-base"),
     program("busybox", "is the HTTP server", "busybox"),
+    program(
+        "iptables",
+        "holds the rules of the packet layer",
+        "iptables",
+    ),
+    program("ipset", "holds the clients of sessions", "ipset"),
+    program("conntrack", "shows the kernel's connections", "conntrack"),
     Need {
         name: "library source",
         purpose: Purpose::Arch,

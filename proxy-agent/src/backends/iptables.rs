@@ -17,8 +17,10 @@ use crate::{
 mod apply;
 mod describe;
 mod draft;
+pub mod host;
 mod known;
 pub mod names;
+mod remove;
 mod rule;
 pub mod rules;
 mod save;
@@ -28,6 +30,7 @@ pub mod tables;
 pub use describe::describe;
 use known::Known;
 use names::ChainName;
+pub use remove::remove_own;
 pub use rules::base::Anchor;
 use rules::{
     Rules, base,

@@ -86,6 +86,21 @@ pub(super) enum Pods<'a> {
 }
 
 impl Rules {
+    /// Rules that no Service is served by: enough for finding and removing what is there.
+    pub fn any() -> Self {
+        Self {
+            families: [Family::V4, Family::V6].into(),
+            masquerade_mark: 0x4000,
+            masquerade_all: false,
+            local_pods: LocalPods::Unknown,
+            node_ports: NodePorts::All,
+            localhost_node_ports: false,
+            node_addresses: Vec::new(),
+            conntrack_liberal: false,
+            features: Features::default(),
+        }
+    }
+
     pub(super) fn pods(&self, family: Family) -> Option<Pods<'_>> {
         match &self.local_pods {
             LocalPods::Unknown => None,

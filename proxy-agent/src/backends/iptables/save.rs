@@ -106,7 +106,10 @@ impl Saved {
         let found = anchors
             .iter()
             .find(|anchor| (anchor.chain, anchor.rule) == (chain, rule));
-        self.anchors.extend(found);
+        if let Some(own) = found {
+            self.anchors.insert(*own);
+            return;
+        }
         let mut words = rule.split(' ');
         if words.any(|word| word == "-j" || word == "-g") {
             self.referenced
@@ -153,7 +156,7 @@ COMMIT
                 (name("KUBE-SVC-B"), digest("")),
             ]),
             anchors: BTreeSet::from([anchor]),
-            referenced: BTreeSet::from([name("KUBE-SERVICES"), name("KUBE-SVC-B")]),
+            referenced: BTreeSet::from([name("KUBE-SVC-B")]),
             leaves: Vec::new(),
             has_kubelet_firewall: false,
         };

@@ -30,10 +30,10 @@ mod simulated;
 mod sizes;
 mod takeover;
 mod walk;
-mod world;
+pub(super) mod world;
 
 /// kube-proxy's defaults, with the pod networks known.
-fn rules() -> Rules {
+pub(super) fn rules() -> Rules {
     Rules {
         families: [Family::V4, Family::V6].into(),
         masquerade_mark: 0x4000,

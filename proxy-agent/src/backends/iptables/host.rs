@@ -1,0 +1,170 @@
+//! The tables of the calling thread's network namespace, through the host's own tools.
+//!
+//! `iptables` comes in two variants with tables of their own, both of which the kernel walks. Rules go where the host's
+//! other rules are, never into both; see [`variant`].
+
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
+
+use super::{
+    rules::Features,
+    tables::{AddressSet, RestoreError, Table, Tables},
+};
+use crate::{backends::Error, state::Family};
+
+mod lock;
+mod owner;
+mod probe;
+mod refusal;
+mod run;
+mod sets;
+pub mod variant;
+
+use owner::Owner;
+use run::{Output, run};
+pub use variant::Variant;
+
+/// How long a tool waits for the lock that all of them share, seconds.
+const LOCK_WAIT_SECONDS: u32 = 5;
+
+/// The tools of one variant, and `ipset` where there is one. No other agent has them in this network namespace.
+#[derive(Clone, Debug)]
+pub struct Host {
+    variant: Variant,
+    why: String,
+    version: String,
+    ipset: Option<PathBuf>,
+    features: Features,
+    _owner: Arc<Owner>,
+}
+
+impl Host {
+    /// Finds the tools, and which variant this host uses; tries out what they and the kernel can do.
+    ///
+    /// # Errors
+    /// There are none, or they do not work here: the text says which package brings them. Or another agent keeps the rules
+    /// here.
+    pub fn open() -> Result<Self, Error> {
+        let mut host = Self::find()?;
+        host.features = probe::features(&mut host)?;
+        Ok(host)
+    }
+
+    /// Finds the tools, and tries nothing: enough for removing rules.
+    ///
+    /// # Errors
+    /// As for [`Host::open`].
+    pub fn find() -> Result<Self, Error> {
+        let owner = Owner::take()?;
+        let variant::Choice {
+            variant,
+            why,
+            version,
+        } = variant::choose()?;
+        Ok(Self {
+            variant,
+            why,
+            version,
+            ipset: run::find("ipset"),
+            features: Features::default(),
+            _owner: Arc::new(owner),
+        })
+    }
+
+    /// The variant in use.
+    pub fn variant(&self) -> Variant {
+        self.variant
+    }
+
+    /// Why this one: for `check` and the log.
+    pub fn why(&self) -> &str {
+        &self.why
+    }
+
+    /// Version of the tools: "1.8.9".
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// What they and the kernel can do.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    fn tool(&self, family: Family, verb: &str) -> Result<PathBuf, Error> {
+        self.variant.tool(family, verb)
+    }
+
+    fn ipset(&self) -> Result<&PathBuf, Error> {
+        let missing = || Error::Unusable("ipset is not in PATH: install the package ipset".into());
+        self.ipset.as_ref().ok_or_else(missing)
+    }
+}
+
+impl Tables for Host {
+    fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
+        let tool = self.tool(family, "save")?;
+        let output = run(&tool, &["-t", &table.to_string()], "")?;
+        if output.success {
+            return Ok(output.stdout);
+        }
+        Err(run::failed(&tool, &output))
+    }
+
+    fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {
+        let tool = self.tool(family, "restore")?;
+        let wait = LOCK_WAIT_SECONDS.to_string();
+        let output = run(
+            &tool,
+            &["--noflush", "-w", &wait, "-T", &table.to_string()],
+            text,
+        )?;
+        if output.success {
+            return Ok(());
+        }
+        if refusal::is_locked(&output) {
+            return Err(RestoreError::Failed(lock::held(LOCK_WAIT_SECONDS)));
+        }
+        Err(RestoreError::Refused {
+            line: refusal::line(&output.stderr),
+            message: refusal::message(&output.stderr),
+        })
+    }
+
+    fn sets(&mut self) -> Result<BTreeSet<AddressSet>, Error> {
+        let Some(ipset) = &self.ipset else {
+            return Ok(BTreeSet::new());
+        };
+        let output = run(ipset, &["list", "-terse", "-output", "save"], "")?;
+        match output.success {
+            true => Ok(sets::parse(&output.stdout)),
+            // Without the kernel's part of it there are none.
+            false if !self.features.ipset => Ok(BTreeSet::new()),
+            false => Err(run::failed(ipset, &output)),
+        }
+    }
+
+    fn create_sets(&mut self, sets: &BTreeSet<AddressSet>) -> Result<(), Error> {
+        self.change_sets(&sets::creation(sets))
+    }
+
+    fn destroy_sets(&mut self, sets: &BTreeSet<AddressSet>) -> Result<(), Error> {
+        self.change_sets(&sets::destruction(sets))
+    }
+}
+
+impl Host {
+    fn change_sets(&self, text: &str) -> Result<(), Error> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        let ipset = self.ipset()?;
+        let output = run(ipset, &["-exist", "restore"], text)?;
+        match output.success {
+            true => Ok(()),
+            false => Err(run::failed(ipset, &output)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,236 @@
+//! The real tools in network namespaces: each test for both variants.
+
+use std::{fs::File, thread};
+
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sched::{CloneFlags, unshare},
+};
+
+use super::*;
+use crate::{
+    backends::{
+        Backend as _, Bounds,
+        iptables::{
+            IptablesBackend, remove_own,
+            rules::Rules,
+            tests::{rules, world::service_of},
+        },
+    },
+    state::DesiredState,
+};
+
+/// Runs `test` with the tools of each variant in a network namespace of its own.
+fn each_variant(test: impl Fn(&mut Host) + Sync) {
+    for variant in [Variant::Nft, Variant::Legacy] {
+        let work = || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("root");
+            let mut host = Host {
+                variant,
+                why: String::new(),
+                version: variant::choose().expect("iptables").version,
+                ipset: run::find("ipset"),
+                features: Features::default(),
+                _owner: Arc::new(Owner::take().expect("a namespace of its own")),
+            };
+            host.features = probe::features(&mut host).expect("a trial");
+            test(&mut host);
+        };
+        thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|panic| {
+            eprintln!("with iptables-{variant}");
+            std::panic::resume_unwind(panic)
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_tools_do_what_a_transaction_says_or_nothing_of_it() {
+    each_variant(|host| {
+        for family in [Family::V4, Family::V6] {
+            let text = "*nat\n:KUBE-SVC-A - [0:0]\n-A KUBE-SVC-A -j RETURN\nCOMMIT\n";
+            host.restore(family, Table::Nat, text).unwrap();
+            let saved = host.save(family, Table::Nat).unwrap();
+            assert!(saved.contains("-A KUBE-SVC-A -j RETURN"), "{saved}");
+            let text = "*nat\n:KUBE-SVC-B - [0:0]\n-A KUBE-SVC-B -j KUBE-SVC-NONE\nCOMMIT\n";
+            let error = host.restore(family, Table::Nat, text).unwrap_err();
+            let RestoreError::Refused { line, message } = &error else {
+                panic!("{error}");
+            };
+            assert!(matches!(line, Some(3 | 4) | None), "{line:?}: {message}");
+            assert!(!message.is_empty());
+            let saved = host.save(family, Table::Nat).unwrap();
+            assert!(!saved.contains("KUBE-SVC-B"), "{saved}");
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn address_sets_come_and_go() {
+    each_variant(|host| {
+        assert!(host.features().ipset, "this kernel has xt_set");
+        let set = |name: &str, family| AddressSet {
+            name: name.to_owned(),
+            family,
+            timeout_seconds: 600,
+        };
+        let sets = BTreeSet::from([set("KUBE-SEP-A", Family::V4), set("KUBE-SEP-B", Family::V6)]);
+        host.create_sets(&sets).unwrap();
+        assert_eq!(host.sets().unwrap(), sets);
+        host.destroy_sets(&sets).unwrap();
+        assert_eq!(host.sets().unwrap(), BTreeSet::new());
+    });
+}
+
+/// Services of every shape, in both families.
+fn everything() -> DesiredState {
+    let services = (1..=60_u8).flat_map(|id| service_of(id, u64::from(id)));
+    DesiredState {
+        services: services
+            .map(|service| (service.key.clone(), service))
+            .collect(),
+        ..DesiredState::default()
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn what_is_written_is_read_back_the_same() {
+    each_variant(|host| {
+        let rules = Rules {
+            features: host.features(),
+            ..rules()
+        };
+        let mut backend = IptablesBackend::new(host.clone(), rules);
+        for state in [everything(), DesiredState::default()] {
+            let found = backend.observe().unwrap();
+            let plan = backend.plan(&found, &state, Bounds::default());
+            assert!(!plan.is_empty());
+            backend.apply(&plan, &state).unwrap();
+            assert!(backend.left_out().is_empty(), "{:?}", backend.left_out());
+            let found = backend.observe().unwrap();
+            let plan = backend.plan(&found, &state, Bounds::default());
+            assert!(plan.is_empty(), "{plan:?}");
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn everything_of_ours_can_be_removed_and_nothing_else() {
+    each_variant(|host| {
+        let foreign = "*nat\n:FOREIGN - [0:0]\n-A PREROUTING -j FOREIGN\n-A FOREIGN -d 192.0.2.1/32 -j RETURN\nCOMMIT\n";
+        host.restore(Family::V4, Table::Nat, foreign).unwrap();
+        let before = host.save(Family::V4, Table::Nat).unwrap();
+        let rules = Rules {
+            features: host.features(),
+            ..rules()
+        };
+        let mut backend = IptablesBackend::new(host.clone(), rules);
+        let state = everything();
+        let found = backend.observe().unwrap();
+        let plan = backend.plan(&found, &state, Bounds::default());
+        backend.apply(&plan, &state).unwrap();
+        assert!(remove_own(host.clone()).unwrap() > 100);
+        // kubelet has the guard of 127.0.0.0/8 as well: it stays, as kube-proxy leaves it.
+        let left: Vec<String> = backend
+            .observe()
+            .unwrap()
+            .keys()
+            .map(ToString::to_string)
+            .collect();
+        assert!(
+            left.iter().all(|key| key.contains("KUBE-FIREWALL")),
+            "{left:?}"
+        );
+        let rules = |text: &str| -> Vec<String> {
+            let rules = text.lines().filter(|line| line.starts_with("-A"));
+            rules.map(ToOwned::to_owned).collect()
+        };
+        let after = host.save(Family::V4, Table::Nat).unwrap();
+        assert_eq!(rules(&after), rules(&before));
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn what_a_kube_proxy_may_use_stays_beside_one() {
+    each_variant(|host| {
+        let rules = Rules {
+            features: host.features(),
+            ..rules()
+        };
+        let mut backend = IptablesBackend::new(host.clone(), rules);
+        let services = service_of(1, 3).into_iter();
+        let state = DesiredState {
+            services: services
+                .map(|service| (service.key.clone(), service))
+                .collect(),
+            ..DesiredState::default()
+        };
+        let found = backend.observe().unwrap();
+        let plan = backend.plan(&found, &state, Bounds::default());
+        backend.apply(&plan, &state).unwrap();
+        let canary = "*nat\n:KUBE-PROXY-CANARY - [0:0]\nCOMMIT\n";
+        host.restore(Family::V4, Table::Nat, canary).unwrap();
+        // As it writes the chains that it has too.
+        for family in [Family::V4, Family::V6] {
+            let own = "*filter\n:KUBE-EXTERNAL-SERVICES - [0:0]\n:KUBE-SERVICES - [0:0]\nCOMMIT\n";
+            host.restore(family, Table::Filter, own).unwrap();
+        }
+        let before = host.save(Family::V4, Table::Nat).unwrap();
+        assert!(remove_own(host.clone()).unwrap() > 0);
+        let rules = |text: &str| text.lines().filter(|line| line.starts_with("-A")).count();
+        let after = host.save(Family::V4, Table::Nat).unwrap();
+        assert_eq!(rules(&after), rules(&before), "{after}");
+        let filter = host.save(Family::V4, Table::Filter).unwrap();
+        assert!(!filter.contains("PROXY-AGENT-"), "{filter}");
+        assert!(filter.contains("KUBE-FORWARD"), "{filter}");
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_holder_of_the_lock_is_named() {
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open("/run/xtables.lock")
+        .unwrap();
+    let work = || {
+        unshare(CloneFlags::CLONE_NEWNET).expect("root");
+        let mut host = Host {
+            variant: Variant::Legacy,
+            why: String::new(),
+            version: String::new(),
+            ipset: None,
+            features: Features::default(),
+            _owner: Arc::new(Owner::take().expect("a namespace of its own")),
+        };
+        let held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno);
+        let held = held.unwrap();
+        let text = "*nat\n:KUBE-SVC-A - [0:0]\nCOMMIT\n";
+        let error = host.restore(Family::V4, Table::Nat, text).unwrap_err();
+        let own = format!("process {}", std::process::id());
+        assert!(error.to_string().contains(&own), "{error}");
+        drop(held);
+        host.restore(Family::V4, Table::Nat, text).unwrap();
+    };
+    thread::scope(|scope| scope.spawn(work).join().unwrap());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_network_namespace_has_one_agent() {
+    let work = || {
+        unshare(CloneFlags::CLONE_NEWNET).expect("root");
+        let first = Host::find().unwrap();
+        let error = Host::find().unwrap_err().to_string();
+        assert!(error.contains("stop it first"), "{error}");
+        drop(first);
+        Host::find().map(drop).unwrap();
+    };
+    thread::scope(|scope| scope.spawn(work).join().unwrap());
+}

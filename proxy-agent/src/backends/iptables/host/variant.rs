@@ -1,0 +1,207 @@
+//! Which of the two variants of `iptables` this host uses: rules in both would be walked twice, in an order that nobody
+//! controls.
+
+use std::{fmt, fs, path::PathBuf};
+
+use super::run::{failed, find, run};
+use crate::{backends::Error, state::Family};
+
+/// Chains by which kubelet tells others where it writes: KUBE-IPTABLES-HINT since 1.24 (KEP-3178), its canary before.
+const KUBELET: [&str; 2] = [":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY "];
+
+/// A variant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Variant {
+    /// `iptables-nft-…`: rules are nftables' in the kernel.
+    Nft,
+    /// `iptables-legacy-…`: whole tables are replaced, under a lock.
+    Legacy,
+    /// The only one that there is, called just `iptables`: of the nft kind, or not.
+    Unnamed {
+        /// It is of the nft kind.
+        is_nft: bool,
+    },
+}
+
+impl fmt::Display for Variant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.is_nft() {
+            true => "nft",
+            false => "legacy",
+        })
+    }
+}
+
+impl Variant {
+    /// Whether its rules are nftables' in the kernel.
+    pub fn is_nft(self) -> bool {
+        matches!(self, Self::Nft | Self::Unnamed { is_nft: true })
+    }
+
+    fn tool_name(self, family: Family, verb: &str) -> String {
+        let prefix = match family {
+            Family::V4 => "iptables",
+            Family::V6 => "ip6tables",
+        };
+        match self {
+            Self::Nft => format!("{prefix}-nft-{verb}"),
+            Self::Legacy => format!("{prefix}-legacy-{verb}"),
+            Self::Unnamed { .. } => format!("{prefix}-{verb}"),
+        }
+    }
+
+    /// The program that does `verb` ("save", "restore").
+    ///
+    /// # Errors
+    /// It is not installed.
+    pub fn tool(self, family: Family, verb: &str) -> Result<PathBuf, Error> {
+        let name = self.tool_name(family, verb);
+        find(&name).ok_or_else(|| missing(&name))
+    }
+
+    fn is_installed(self) -> bool {
+        [Family::V4, Family::V6]
+            .iter()
+            .all(|family| self.tool(*family, "restore").is_ok())
+    }
+}
+
+fn missing(name: &str) -> Error {
+    Error::Unusable(format!(
+        "{name} is not in PATH: install the package iptables"
+    ))
+}
+
+/// What was chosen.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// The variant.
+    pub variant: Variant,
+    /// Why.
+    pub why: String,
+    /// Version of its tools: "1.8.9".
+    pub version: String,
+}
+
+/// Looks where this host's rules are.
+///
+/// # Errors
+/// No tools, or none that work.
+pub fn choose() -> Result<Choice, Error> {
+    let default = find("iptables").ok_or_else(|| missing("iptables"))?;
+    let output = run(&default, &["-V"], "")?;
+    if !output.success {
+        return Err(failed(&default, &output));
+    }
+    let version = version(&output.stdout)?;
+    let default_is_nft = output.stdout.contains("nf_tables");
+    let both = Variant::Nft.is_installed() && Variant::Legacy.is_installed();
+    let (variant, why) = match both {
+        true => by_rules(default_is_nft)?,
+        false => (
+            Variant::Unnamed {
+                is_nft: default_is_nft,
+            },
+            "it is the only one installed".to_owned(),
+        ),
+    };
+    Ok(Choice {
+        variant,
+        why,
+        version,
+    })
+}
+
+/// `iptables v1.8.9 (nf_tables)`
+fn version(text: &str) -> Result<String, Error> {
+    let found = text.split_whitespace().find_map(|word| {
+        let digits = word.strip_prefix('v')?;
+        digits
+            .starts_with(|c: char| c.is_ascii_digit())
+            .then(|| digits.to_owned())
+    });
+    found.ok_or_else(|| {
+        Error::Unusable(format!(
+            "iptables -V answers {text:?}, which names no version"
+        ))
+    })
+}
+
+fn by_rules(default_is_nft: bool) -> Result<(Variant, String), Error> {
+    let nft = saved(Variant::Nft)?;
+    // Asking for legacy tables makes the kernel load them, so it is not asked where there are none.
+    let legacy = match legacy_is_in_use() {
+        true => saved(Variant::Legacy)?,
+        false => String::new(),
+    };
+    Ok(judge(&nft, &legacy, default_is_nft))
+}
+
+fn judge(nft: &str, legacy: &str, default_is_nft: bool) -> (Variant, String) {
+    let of_kubelet = |text: &str| KUBELET.iter().any(|chain| text.contains(chain));
+    let rules = |text: &str| text.lines().filter(|line| line.starts_with("-A")).count();
+    match (of_kubelet(nft), of_kubelet(legacy)) {
+        (true, false) => (Variant::Nft, "kubelet's chains are there".to_owned()),
+        (false, true) => (Variant::Legacy, "kubelet's chains are there".to_owned()),
+        (_, _) => match (rules(nft), rules(legacy)) {
+            (nft, legacy) if nft > legacy => {
+                (Variant::Nft, format!("it has {nft} rules, legacy {legacy}"))
+            }
+            (nft, legacy) if legacy > nft => {
+                (Variant::Legacy, format!("it has {legacy} rules, nft {nft}"))
+            }
+            (_, _) if default_is_nft => (Variant::Nft, "`iptables` stands for it".to_owned()),
+            (_, _) => (Variant::Legacy, "`iptables` stands for it".to_owned()),
+        },
+    }
+}
+
+/// All tables of both families.
+fn saved(variant: Variant) -> Result<String, Error> {
+    let mut text = String::new();
+    for family in [Family::V4, Family::V6] {
+        let tool = variant.tool(family, "save")?;
+        // A kernel without this variant says so here; then nobody uses it.
+        text.push_str(&run(&tool, &[], "")?.stdout);
+    }
+    Ok(text)
+}
+
+/// The tables that the kernel has for legacy tools.
+fn legacy_is_in_use() -> bool {
+    ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"]
+        .iter()
+        .any(|names| fs::read_to_string(names).is_ok_and(|names| !names.trim().is_empty()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kubelets_chains_decide_then_the_number_of_rules_then_the_default() {
+        let hint = "*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n";
+        let canary = "*mangle\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n";
+        let (one, two) = ("-A INPUT -j A\n", "-A INPUT -j A\n-A INPUT -j B\n");
+        for (nft, legacy, default_is_nft, expected) in [
+            (hint, two, false, Variant::Nft),
+            (two, canary, true, Variant::Legacy),
+            (two, one, false, Variant::Nft),
+            (one, two, true, Variant::Legacy),
+            // In both, from another time: the rules decide.
+            (hint, canary, true, Variant::Nft),
+            (one, one, true, Variant::Nft),
+            ("", "", false, Variant::Legacy),
+        ] {
+            assert_eq!(judge(nft, legacy, default_is_nft).0, expected);
+        }
+    }
+
+    #[test]
+    fn versions_are_read() {
+        assert_eq!(version("iptables v1.8.9 (nf_tables)\n").unwrap(), "1.8.9");
+        assert_eq!(version("iptables v1.8.2\n").unwrap(), "1.8.2");
+        let error = version("busybox").unwrap_err().to_string();
+        assert!(error.contains("busybox"), "{error}");
+    }
+}
