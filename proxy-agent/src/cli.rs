@@ -2,7 +2,8 @@
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 
 use crate::state::Protocol;
 
@@ -102,9 +103,9 @@ pub struct Sources {
 pub enum Mode {
     /// The best that this node can do
     Auto,
-    /// eBPF
+    /// eBPF for the sockets of this node, iptables for what arrives as a packet
     Ebpf,
-    /// iptables (not built yet)
+    /// iptables alone: for kernels without usable eBPF
     Iptables,
 }
 
@@ -134,9 +135,72 @@ pub struct Run {
     /// Seconds without an agent after which connect and sendmsg leave everything to the packet layer
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub socket_lease: Duration,
+    /// What arrives as a packet.
+    #[command(flatten)]
+    pub packet: Packet,
     /// Let the programs in the kernel log every decision: for debugging, slow
     #[arg(long)]
     pub log_programs: bool,
+}
+
+/// The packet layer. Names and defaults are kube-proxy's (cmd/kube-proxy/app/options.go).
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Packet layer")]
+pub struct Packet {
+    /// How a pod of this node is told from other clients
+    #[arg(long, value_name = "MODE", default_value = "ClusterCIDR")]
+    pub detect_local_mode: DetectLocalMode,
+    /// Networks of the cluster's pods, for ClusterCIDR: the first of each family counts
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
+    pub cluster_cidr: Vec<IpNet>,
+    /// Name of the pods' bridge, for BridgeInterface
+    #[arg(long, value_name = "NAME")]
+    pub pod_bridge_interface: Option<String>,
+    /// What the names of the pods' interfaces begin with, for InterfaceNamePrefix
+    #[arg(long, value_name = "PREFIX")]
+    pub pod_interface_name_prefix: Option<String>,
+    /// Masquerade whatever goes to a ClusterIP
+    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true")]
+    pub masquerade_all: bool,
+    /// Bit of the packet mark that asks for masquerading
+    #[arg(long, value_name = "BIT", default_value = "14", value_parser = clap::value_parser!(u8).range(0..=31))]
+    pub iptables_masquerade_bit: u8,
+    /// Serve node ports on 127.0.0.0/8 in --mode iptables, which sets route_localnet
+    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true")]
+    pub iptables_localhost_nodeports: bool,
+    /// Shortest time between two changes of the rules
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = duration)]
+    pub iptables_min_sync_period: Duration,
+}
+
+/// What tells a pod of this node from other clients; kube-proxy's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DetectLocalMode {
+    /// Its address is in --cluster-cidr
+    #[value(name = "ClusterCIDR")]
+    ClusterCidr,
+    /// It comes through --pod-bridge-interface
+    #[value(name = "BridgeInterface")]
+    BridgeInterface,
+    /// It comes through an interface whose name begins with --pod-interface-name-prefix
+    #[value(name = "InterfaceNamePrefix")]
+    InterfaceNamePrefix,
+}
+
+/// `1s`, `500ms`, `2m`: one number and one unit of Go's durations, which kube-proxy's flags have.
+fn duration(text: &str) -> Result<Duration, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit());
+    let (number, unit) = text.split_at(split.unwrap_or(text.len()));
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("{text:?} is no duration: use 1s, 500ms or 2m"))?;
+    match unit {
+        "ms" => Ok(Duration::from_millis(number)),
+        "s" => Ok(Duration::from_secs(number)),
+        "m" => Ok(Duration::from_secs(60 * number)),
+        _ if number == 0 => Ok(Duration::ZERO),
+        _ => Err(format!("{text:?} is no duration: use 1s, 500ms or 2m")),
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -351,12 +415,36 @@ mod tests {
     }
 
     #[test]
+    fn the_packet_layer_has_the_flags_of_kube_proxy() {
+        let packet = |line: &str| match parsed(line).unwrap().command {
+            Command::Run(run) => run.packet,
+            other => panic!("{other:?}"),
+        };
+        let plain = packet("run");
+        assert_eq!(plain.iptables_masquerade_bit, 14);
+        assert!(!plain.masquerade_all && plain.iptables_localhost_nodeports);
+        assert_eq!(plain.detect_local_mode, DetectLocalMode::ClusterCidr);
+        assert_eq!(plain.iptables_min_sync_period, Duration::from_secs(1));
+        let given = packet(
+            "--masquerade-all --cluster-cidr=10.244.0.0/16,fd00:10:244::/56 --iptables-localhost-nodeports=false \
+             --detect-local-mode=InterfaceNamePrefix --pod-interface-name-prefix=veth --iptables-min-sync-period=100ms",
+        );
+        assert!(given.masquerade_all && !given.iptables_localhost_nodeports);
+        assert_eq!(given.cluster_cidr.len(), 2);
+        assert_eq!(given.iptables_min_sync_period, Duration::from_millis(100));
+    }
+
+    #[test]
     fn wrong_flags_are_refused() {
         for line in [
             "--nonsense",
             "nonsense",
             "--socket-lease 1",
             "--mode x",
+            "--iptables-masquerade-bit 32",
+            "--cluster-cidr 10.244.0.0",
+            "--detect-local-mode x",
+            "--iptables-min-sync-period 1h2m",
             "dump",
             "dump x",
         ] {

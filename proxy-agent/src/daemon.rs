@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! manifests ─┐
-//!            ├─► Feeds: Model ─► Inbox ─► thread of the socket layer: compile, plan, apply ─► kernel
+//!            ├─► Feeds: Model ─► Inbox ─► thread of the socket or packet layer: compile, plan, apply ─► kernel
 //! addresses ─┘                                 │
 //!                                              └─► SyncStatus ─► self-test, health and metrics servers
 //! ```
@@ -11,34 +11,33 @@
 
 use std::{
     path::{Path, PathBuf},
+    process::ExitStatus,
     sync::Arc,
     time::Duration,
 };
 
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
 };
 
 use crate::{
-    backends::{
-        self,
-        ebpf::{
-            kernel::{KernelStore, OpenOptions},
-            probe::probe,
-        },
-    },
-    cli::{Global, Mode, Run},
+    backends,
+    cli::{DetectLocalMode, Global, Mode, Run},
     health::SelfTest,
     metrics::Metrics,
-    model::{NodeName, Update},
+    model::Update,
     sources::{self, file, node},
     sync::SyncStatus,
 };
 
 pub mod exclude;
 mod feed;
+mod former;
+mod layer;
+mod mode;
 pub mod namespaces;
+mod packet;
 pub mod place;
 mod programs_log;
 pub mod reaper;
@@ -48,9 +47,11 @@ pub mod socket;
 
 use exclude::Exclusions;
 use feed::Feeds;
-use place::{cgroup, node_name};
+use former::Former;
+use layer::LayerThread;
+use mode::Opened;
+use place::node_name;
 use reaper::Reaper;
-use socket::SocketLayer;
 
 /// Updates on their way from the sources: the file source coalesces, so a few are plenty.
 const UPDATES: usize = 64;
@@ -65,9 +66,22 @@ pub enum Error {
         "no source of Services: give --manifests DIR (the Kubernetes API as a source is not built yet)"
     )]
     NoSource,
-    /// A mode of a later release.
-    #[error("--mode iptables is not built yet: it comes with the next release; use --mode ebpf")]
-    NoIptables,
+    /// A flag that another one needs is missing.
+    #[error("--detect-local-mode {mode:?} needs {flag}")]
+    Flag {
+        /// The one that is missing.
+        flag: &'static str,
+        /// The mode that needs it.
+        mode: DetectLocalMode,
+    },
+    /// The packet layer cannot serve this node.
+    #[error("this node cannot run the packet layer: {packet} (why that one: {reason})")]
+    NoPackets {
+        /// What it lacks.
+        packet: backends::Error,
+        /// Why there is no socket layer instead.
+        reason: String,
+    },
     /// The host name is unreadable or no node name.
     #[error("cannot tell the name of this node: {0}; give --node-name NAME")]
     NodeName(String),
@@ -114,11 +128,10 @@ fn start(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 /// The agent cannot run here.
 pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
     let manifests = args.sources.manifests.as_deref().ok_or(Error::NoSource)?;
-    match args.mode {
-        Mode::Auto | Mode::Ebpf => {}
-        Mode::Iptables => return Err(Error::NoIptables),
-    }
-    let reaper = Reaper::start(global).map_err(start("the reaper"))?;
+    let reaper = match args.mode {
+        Mode::Auto | Mode::Ebpf => Some(Reaper::start(global).map_err(start("the reaper"))?),
+        Mode::Iptables => None,
+    };
     // aya-log finds the programs' ring buffer by its id, which takes CAP_SYS_ADMIN.
     if !args.log_programs {
         reaper::drop_capabilities()?;
@@ -131,73 +144,105 @@ pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
         .block_on(serve(global, args, manifests, reaper))
 }
 
-async fn serve(global: &Global, args: &Run, manifests: &Path, reaper: Reaper) -> Result<(), Error> {
+async fn serve(
+    global: &Global,
+    args: &Run,
+    manifests: &Path,
+    reaper: Option<Reaper>,
+) -> Result<(), Error> {
     let mut terminate = signal(SignalKind::terminate()).map_err(start("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(start("signals"))?;
     let here = node_name(global)?;
-    let cgroup = cgroup(global)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %here, manifests = %manifests.display(), "starting");
 
     let (updates, received) = mpsc::channel(UPDATES);
     let broken = file::start(manifests, here.clone(), updates.clone())?;
     node::start(updates)?;
-    let store = open(global, args, &cgroup, &here)?;
-    if args.log_programs {
-        programs_log::start(global.bpf_dir.join("links")).map_err(start("a thread"))?;
-    }
+    let opened = mode::open(global, args, &here)?;
     let metrics = Arc::new(Metrics::default());
-    let exclusions = Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup);
-    let (reaper, reaper_ended) = reaper.split().map_err(start("the reaper"))?;
     let mut feeds = Feeds::new(here);
-    let feed = feeds.add(metrics.layer("socket").changes_pending);
-    let layer = SocketLayer::start(store, feed, reaper, exclusions, &metrics);
-    let layer = layer.map_err(start("the socket layer"))?;
+    let serving = Serving::start(global, args, opened, reaper, &mut feeds, &metrics)?;
+    let Serving {
+        layer,
+        mode,
+        cgroup,
+        beside,
+        reaper_ended,
+    } = serving;
     let (tested, self_test) = watch::channel(SelfTest::default());
     let health = servers::health(args, layer.status(), self_test);
-    let metering = servers::metrics(global, args, &cgroup, &metrics);
+    let metering = servers::metrics(global, args, mode, cgroup.as_deref(), &metrics);
 
     let result = tokio::select! {
         () = follow(received, &feeds) => Err(Error::Ended("sources")),
-        () = until_gone(layer.status()) => Err(Error::Ended("socket layer")),
+        () = until_gone(layer.status()) => Err(Error::Ended("layer")),
         () = count_broken(broken, &metrics) => Err(Error::Ended("manifest source")),
-        () = test_hooks(layer.status(), cgroup, tested) => Err(Error::Ended("self-test")),
+        () = after_the_first_sync(layer.status(), cgroup, tested, beside) => Err(Error::Ended("self-test")),
         () = health => Err(Error::Ended("healthz server")),
         () = metering => Err(Error::Ended("metrics server")),
-        _ = reaper_ended => Err(Error::Reaper),
+        () = until_ended(reaper_ended) => Err(Error::Reaper),
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),
     };
     feeds.stop();
     layer.join();
-    tracing::info!(
-        signal = result?,
-        "stopped; the programs in the kernel go on serving"
-    );
+    tracing::info!(signal = result?, "stopped; the kernel goes on serving");
     Ok(())
 }
 
-/// Opens the kernel's maps, or says all that this node lacks for them.
-fn open(global: &Global, args: &Run, cgroup: &Path, here: &NodeName) -> Result<KernelStore, Error> {
-    let options = OpenOptions {
-        bpf_dir: global.bpf_dir.clone(),
-        cgroup: Some(cgroup.to_owned()),
-        node_name: here.to_string(),
-        // Armed only while a packet layer serves the node, which would take over: there is none yet.
-        lease: None,
-        log: args.log_programs,
-    };
-    KernelStore::open(options).map_err(|error| {
-        let missing = probe(&global.bpf_dir, Some(cgroup)).missing.into_iter();
-        let required: Vec<String> = missing
-            .filter(|missing| missing.is_required)
-            .map(|missing| missing.text)
-            .collect();
-        if required.is_empty() {
-            Error::Backend(error)
-        } else {
-            Error::Unfit(required.join("; "))
+/// The layer at work, and what belongs to it.
+struct Serving {
+    layer: LayerThread,
+    mode: servers::Mode,
+    /// Whose sockets it serves.
+    cgroup: Option<PathBuf>,
+    /// What a former mode left in the kernel: taken away after the first sync.
+    beside: Former,
+    reaper_ended: Option<oneshot::Receiver<std::io::Result<ExitStatus>>>,
+}
+
+impl Serving {
+    fn start(
+        global: &Global,
+        args: &Run,
+        (opened, reason): (Opened, String),
+        reaper: Option<Reaper>,
+        feeds: &mut Feeds,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Self, Error> {
+        match opened {
+            Opened::Packets(host, left) => {
+                let feed = feeds.add(metrics.layer("packet").changes_pending);
+                let layer = packet::start(host, &args.packet, feed, metrics)?;
+                servers::tell_mode(servers::Mode::Iptables, reason, metrics);
+                Ok(Self {
+                    layer,
+                    mode: servers::Mode::Iptables,
+                    cgroup: None,
+                    beside: Former::Hooks(left),
+                    reaper_ended: None,
+                })
+            }
+            Opened::Sockets(store) => {
+                if args.log_programs {
+                    programs_log::start(global.bpf_dir.join("links")).map_err(start("a thread"))?;
+                }
+                let cgroup = store.cgroup().to_owned();
+                let exclusions = Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup);
+                let reaper = reaper.ok_or(Error::Reaper)?;
+                let (requests, ended) = reaper.split().map_err(start("the reaper"))?;
+                let feed = feeds.add(metrics.layer("socket").changes_pending);
+                let layer = socket::start(*store, feed, requests, exclusions, reason, metrics);
+                Ok(Self {
+                    layer: layer.map_err(start("the socket layer"))?,
+                    mode: servers::Mode::Ebpf,
+                    cgroup: Some(cgroup),
+                    beside: Former::Rules,
+                    reaper_ended: Some(ended),
+                })
+            }
         }
-    })
+    }
 }
 
 /// Takes updates into the model and tells the layers what they touch.
@@ -209,6 +254,14 @@ async fn follow(mut updates: mpsc::Receiver<Update>, feeds: &Feeds) {
 
 async fn until_gone(mut status: watch::Receiver<SyncStatus>) {
     while status.changed().await.is_ok() {}
+}
+
+async fn until_ended(reaper: Option<oneshot::Receiver<std::io::Result<ExitStatus>>>) {
+    match reaper {
+        // However it ended.
+        Some(reaper) => drop(reaper.await),
+        None => std::future::pending().await,
+    }
 }
 
 /// The source logs what is wrong; here it is counted: what is, and what came up.
@@ -231,27 +284,38 @@ async fn count_broken(mut broken: watch::Receiver<Vec<sources::Problem>>, metric
     }
 }
 
-/// Proves once that the hooks translate, as soon as they should.
-async fn test_hooks(
+/// Once the layer serves everything: what a former mode left goes, and the hooks prove that they translate.
+async fn after_the_first_sync(
     mut status: watch::Receiver<SyncStatus>,
-    cgroup: PathBuf,
+    cgroup: Option<PathBuf>,
     tested: watch::Sender<SelfTest>,
+    former: Former,
 ) {
     if status.wait_for(|status| status.is_synced).await.is_ok() {
-        loop {
-            let cgroup = cgroup.clone();
-            let result = tokio::task::spawn_blocking(move || self_test::run(&cgroup)).await;
-            match result.unwrap_or_else(|_| Err("it ended early".to_owned())) {
-                Ok(()) => break,
-                Err(error) => {
-                    tracing::error!(error, retry = ?TEST_AGAIN, "the self-test failed");
-                    tested.send_replace(SelfTest::Failed(error));
-                }
-            }
-            tokio::time::sleep(TEST_AGAIN).await;
+        let leave = tokio::task::spawn_blocking(move || former.leave());
+        if let Some(cgroup) = cgroup {
+            test_hooks(&cgroup, &tested).await;
         }
+        // One that panicked has said so.
+        let _ = leave.await;
         tracing::info!("ready");
         tested.send_replace(SelfTest::Passed);
     }
     std::future::pending().await
+}
+
+/// Until the self-test passes.
+async fn test_hooks(cgroup: &Path, tested: &watch::Sender<SelfTest>) {
+    loop {
+        let of = cgroup.to_owned();
+        let result = tokio::task::spawn_blocking(move || self_test::run(&of)).await;
+        match result.unwrap_or_else(|_| Err("it ended early".to_owned())) {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::error!(error, retry = ?TEST_AGAIN, "the self-test failed");
+                tested.send_replace(SelfTest::Failed(error));
+            }
+        }
+        tokio::time::sleep(TEST_AGAIN).await;
+    }
 }

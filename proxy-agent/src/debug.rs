@@ -8,6 +8,10 @@ use crate::{
     backends::{
         self,
         ebpf::{kernel, links::Hook, probe::probe, view::PinnedMaps},
+        iptables::{
+            self,
+            host::{self, Host},
+        },
     },
     cli, daemon,
 };
@@ -101,6 +105,7 @@ pub fn explain(global: &cli::Global, args: &cli::Explain) -> Result<ExitCode, Er
 /// The answer cannot be written, or a source cannot be read.
 pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error> {
     let mut findings = check::node(&probe(&global.bpf_dir, global.cgroup.as_deref()));
+    findings.push(check::packets(&host::variant::choose()));
     let maps = match PinnedMaps::open(&global.bpf_dir) {
         Ok(maps) => {
             findings.extend(check::maps(&maps.meta(), monotonic_ns()));
@@ -179,6 +184,12 @@ pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
 /// An agent runs, or the kernel refuses.
 pub fn cleanup(global: &cli::Global) -> Result<ExitCode, Error> {
     kernel::cleanup(&global.bpf_dir)?;
+    match Host::find() {
+        Ok(host) => drop(iptables::remove_own(host)?),
+        // Without the tools nobody can have made rules.
+        Err(backends::Error::Unusable(_)) => {}
+        Err(held) => return Err(held.into()),
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -43,7 +43,7 @@ pub enum SelfTest {
 pub struct Health {
     /// The layer's loop.
     pub status: watch::Receiver<SyncStatus>,
-    /// Its self-test.
+    /// Self-test of the socket layer; passed where there is none.
     pub self_test: watch::Receiver<SelfTest>,
     /// Start of the agent.
     pub started: Instant,

@@ -42,7 +42,7 @@ pub struct ReasonLabel {
 pub struct ModeLabels {
     /// Socket layer: `ebpf` or `off`.
     pub socket: &'static str,
-    /// Packet layer: `off` until there is one.
+    /// Packet layer: `iptables` or `off`.
     pub packet: &'static str,
     /// Why this and nothing better.
     pub reason: String,
@@ -83,6 +83,8 @@ metrics! {
     source_problems: Gauge = Gauge::default() => "source_problems";
     /// Addresses and endpoints of Services that are not carried out: taken by another Service, or forbidden
     problems: Gauge = Gauge::default() => "problems";
+    /// Service ports whose rules iptables refuses
+    left_out: Gauge = Gauge::default() => "left_out";
     /// Errors of the sources: files that cannot be read or understood, watches that broke
     source_errors: Counter = Counter::default() => "source_errors";
     /// Entries in use, by map

@@ -96,6 +96,8 @@ pub struct Layer<B: Backend> {
     changes: i64,
     failures: u32,
     audit_at: Instant,
+    /// Shortest time from one change of the kernel to the next.
+    pace: Duration,
     status: watch::Sender<SyncStatus>,
     metrics: LayerMetrics,
 }
@@ -121,9 +123,17 @@ impl<B: Backend> Layer<B> {
             changes: 0,
             failures: 0,
             audit_at: now + AUDIT_EVERY,
+            pace: Duration::ZERO,
             status: watch::Sender::new(SyncStatus::default()),
             metrics,
         }
+    }
+
+    /// Waits at least this long from one change of the kernel to the next, for tools that are slow.
+    #[must_use]
+    pub fn with_pace(mut self, pace: Duration) -> Self {
+        self.pace = pace;
+        self
     }
 
     /// Follows how the layer is doing: wakes for the first sync, for errors and for their end.
@@ -290,7 +300,7 @@ impl<B: Backend> Layer<B> {
             is_news
         });
         Due {
-            not_before: None,
+            not_before: (applied > 0 && !self.pace.is_zero()).then(|| now + self.pace),
             until: self.audit_at,
         }
     }

@@ -113,6 +113,17 @@ impl Peer {
         Ok(())
     }
 
+    /// Answers `identity`, a space and the client's address to each connection on `address`.
+    ///
+    /// # Errors
+    /// The port is taken.
+    pub fn serve_tcp_sources(&self, address: SocketAddr, identity: &str) -> anyhow::Result<()> {
+        let identity = identity.to_owned();
+        self.call(&Request::ServeTcpSources { address, identity })
+            .with_context(|| format!("cannot serve {address}"))?;
+        Ok(())
+    }
+
     /// Answers each datagram on `address` with `identity`, a space and the datagram.
     ///
     /// # Errors

@@ -34,6 +34,23 @@ pub fn tcp(address: SocketAddr, identity: String) -> io::Result<()> {
     Ok(())
 }
 
+/// Writes `identity`, a space and the client's address to each connection; on a thread.
+///
+/// # Errors
+/// The port is taken.
+pub fn tcp_sources(address: SocketAddr, identity: String) -> io::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            if let Ok(from) = stream.peer_addr() {
+                let from = from.ip().to_canonical();
+                welcome(stream, &format!("{identity} {from}\n"));
+            }
+        }
+    });
+    Ok(())
+}
+
 /// Most clients read the line and are gone: a thread only for those that stay.
 fn welcome(mut stream: TcpStream, line: &str) {
     let mut buffer = [0; 512];

@@ -147,6 +147,29 @@ impl Topology {
         Ok(node)
     }
 
+    /// Adds a machine outside the cluster, 192.168.77.100. There is at most one.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn outsider(&self) -> anyhow::Result<Pod> {
+        let place = Place {
+            name: "outsider".to_owned(),
+            netns: Path::new(names::NETNS_DIR).join(self.suffix.netns("outsider")),
+            cgroup: self.suffix.cgroup()?.join("outsider"),
+        };
+        make_dir(&place.cgroup)?;
+        let outsider = Pod(Arc::new(PodParts {
+            v4: Ipv4Addr::new(192, 168, 77, 100),
+            v6: Ipv6Addr::new(0xfd00, 0x192, 0x168, 0x77, 0, 0, 0, hextet(100)),
+            host: Host {
+                place,
+                peer: Mutex::default(),
+            },
+        }));
+        links::make_outsider(&self.suffix, &outsider)?;
+        Ok(outsider)
+    }
+
     /// Where logs, manifests and configuration go.
     pub fn state_dir(&self) -> PathBuf {
         self.suffix.state_dir()
@@ -247,6 +270,18 @@ impl Node {
     /// The third byte of its pods' addresses.
     pub fn number(&self) -> u8 {
         self.0.number
+    }
+
+    /// What a command prints in its namespace.
+    ///
+    /// # Errors
+    /// It cannot be run, or fails.
+    pub fn output(&self, program: &str, args: &[&str]) -> anyhow::Result<String> {
+        let output = self.place().command(program)?.args(args).output();
+        let output = output.with_context(|| format!("cannot run {program}"))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        anyhow::ensure!(output.status.success(), "{program} {args:?}: {said}");
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// Adds a pod: the first gets address .2, the next .3.

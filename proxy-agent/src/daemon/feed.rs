@@ -6,6 +6,7 @@ use prometheus_client::metrics::gauge::Gauge;
 
 use crate::{
     compile::{Compiler, Problem},
+    metrics::Metrics,
     model::{Model, NodeName, Update},
     sync::{Compiled, Inbox, Scope},
 };
@@ -77,6 +78,17 @@ impl Feed {
     pub fn compile(&self, compiler: &mut Compiler, scope: &Scope) -> (Compiled, Vec<Problem>) {
         Compiled::of(compiler, &lock(&self.model), scope)
     }
+}
+
+/// Logs problems that have come up, and says how many there are.
+pub fn tell(new: &[Problem], compiler: &Compiler, metrics: &Metrics) {
+    for problem in new {
+        tracing::warn!(service = %problem.service(), error = %problem, "not carried out");
+    }
+    let count = compiler.problems().count();
+    metrics
+        .problems
+        .set(i64::try_from(count).unwrap_or(i64::MAX));
 }
 
 /// The model is changed whole or not at all, even by a thread that panics.

@@ -10,7 +10,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::{
-    backends::ebpf::{load::LeftOut, view::PinnedMaps},
+    backends::ebpf::view::PinnedMaps,
     cli::{Global, Run},
     health::{self, Health, Metering, SelfTest},
     metrics::{Kernel, Metrics, ModeLabels},
@@ -36,37 +36,48 @@ pub fn health(
 pub fn metrics(
     global: &Global,
     args: &Run,
-    cgroup: &Path,
+    mode: Mode,
+    cgroup: Option<&Path>,
     metrics: &Arc<Metrics>,
 ) -> impl Future<Output = ()> + use<> {
     let router = health::metrics_router(Metering {
         metrics: Arc::clone(metrics),
         kernel: kernel_counters(global.bpf_dir.clone()),
-        mode: MODE,
+        mode: mode.name(),
         config: Arc::new(config(global, args, cgroup)),
     });
     health::serve("metrics", args.metrics_bind_address, router)
 }
 
-/// Answer of `/proxyMode`: a word that kube-proxy's own tests do not take for one of its modes.
-const MODE: &str = "ebpf";
+/// Which layer serves this node; both at once come next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The socket layer.
+    Ebpf,
+    /// The packet layer.
+    Iptables,
+}
 
-/// Says which layers serve this node, and what this kernel cannot do.
-pub fn tell_mode(left_out: &[LeftOut], metrics: &Metrics) {
-    let mut reason = "this kernel has what the socket layer needs".to_owned();
-    for LeftOut {
-        program,
-        reason: why,
-    } in left_out
-    {
-        tracing::warn!(program, reason = why, "left out");
-        reason.push_str("; without ");
-        reason.push_str(program);
+impl Mode {
+    /// Answer of `/proxyMode`. "ebpf" is a word that kube-proxy's own tests do not take for one of its modes.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::Iptables => "iptables",
+        }
     }
-    tracing::info!(socket = MODE, packet = "off", reason, "mode");
+}
+
+/// Says which layers serve this node, and why.
+pub fn tell_mode(mode: Mode, reason: String, metrics: &Metrics) {
+    let (socket, packet) = match mode {
+        Mode::Ebpf => (mode.name(), "off"),
+        Mode::Iptables => ("off", mode.name()),
+    };
+    tracing::info!(socket, packet, reason, "mode");
     let labels = ModeLabels {
-        socket: MODE,
-        packet: "off",
+        socket,
+        packet,
         reason,
     };
     metrics.mode_info.get_or_create(&labels).set(1);
@@ -92,7 +103,7 @@ fn kernel_counters(bpf_dir: PathBuf) -> Arc<dyn Fn() -> Option<Kernel> + Send + 
     })
 }
 
-fn config(global: &Global, args: &Run, cgroup: &Path) -> serde_json::Value {
+fn config(global: &Global, args: &Run, cgroup: Option<&Path>) -> serde_json::Value {
     json!({
         "bpfDir": global.bpf_dir,
         "cgroup": cgroup,

@@ -4,78 +4,59 @@ use std::{
     collections::BTreeSet,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    thread::{self, JoinHandle},
     time::Instant,
 };
 
-use tokio::sync::watch;
-
-use super::{exclude::Exclusions, feed::Feed, reaper, self_test, servers};
+use super::{
+    exclude::Exclusions,
+    feed::{Feed, tell},
+    layer::LayerThread,
+    reaper, self_test, servers,
+};
 use crate::{
     backends::ebpf::{
         EbpfBackend,
         kernel::{KernelStore, bind::Bound},
+        load::LeftOut,
     },
     compile::Compiler,
     metrics::Metrics,
-    sync::{Compiled, Layer, Scope, SyncStatus},
+    sync::{Layer, Scope, SyncStatus},
 };
 
-/// The socket layer at work.
-#[derive(Debug)]
-pub struct SocketLayer {
-    status: watch::Receiver<SyncStatus>,
-    thread: JoinHandle<()>,
-}
-
-impl SocketLayer {
-    /// Starts the thread. `reaper` is asked when UDP backends are gone.
-    ///
-    /// # Errors
-    /// No thread or no inotify instance to be had.
-    pub fn start(
-        store: KernelStore,
-        feed: Feed,
-        reaper: reaper::Requests,
-        exclusions: Exclusions,
-        metrics: &Arc<Metrics>,
-    ) -> io::Result<Self> {
-        let backend = EbpfBackend::new(store);
-        let layer = Layer::new("socket", backend, metrics.layer("socket"), Instant::now());
-        let status = layer.status();
-        // Those that exist are excluded before the first hook is attached.
-        let excluded = Arc::new(Mutex::new(Some(exclusions.cgroups())));
-        let mut tending = Tending {
-            reaper,
-            excluded: Arc::clone(&excluded),
-            has_told: false,
-            metrics: Arc::clone(metrics),
-        };
-        let nudged = Arc::clone(&feed.inbox);
-        let work = {
-            let metrics = Arc::clone(metrics);
-            move || work(layer, &mut tending, &feed, &metrics)
-        };
-        let thread = thread::Builder::new()
-            .name("socket-layer".to_owned())
-            .spawn(work)?;
-        exclusions.follow(move |cgroups| {
-            *lock(&excluded) = Some(cgroups);
-            nudged.nudge();
-        })?;
-        Ok(Self { status, thread })
-    }
-
-    /// How it is doing; closed when the thread has ended.
-    pub fn status(&self) -> watch::Receiver<SyncStatus> {
-        self.status.clone()
-    }
-
-    /// Waits for the end of the thread, once its feed has stopped.
-    pub fn join(self) {
-        // A thread that panicked has said so, and its end is reported by the closed status.
-        let _ = self.thread.join();
-    }
+/// Starts the thread. `reaper` is asked when UDP backends are gone; `reason` says why there is a socket layer.
+///
+/// # Errors
+/// No thread or no inotify instance to be had.
+pub fn start(
+    store: KernelStore,
+    feed: Feed,
+    reaper: reaper::Requests,
+    exclusions: Exclusions,
+    reason: String,
+    metrics: &Arc<Metrics>,
+) -> io::Result<LayerThread> {
+    let backend = EbpfBackend::new(store);
+    let layer = Layer::new("socket", backend, metrics.layer("socket"), Instant::now());
+    let status = layer.status();
+    // Those that exist are excluded before the first hook is attached.
+    let excluded = Arc::new(Mutex::new(Some(exclusions.cgroups())));
+    let mut tending = Tending {
+        reaper,
+        excluded: Arc::clone(&excluded),
+        reason,
+        has_told: false,
+        metrics: Arc::clone(metrics),
+    };
+    let nudged = Arc::clone(&feed.inbox);
+    let metrics = Arc::clone(metrics);
+    let work = move || work(layer, &mut tending, &feed, &metrics);
+    let thread = LayerThread::start("socket-layer", status, work)?;
+    exclusions.follow(move |cgroups| {
+        *lock(&excluded) = Some(cgroups);
+        nudged.nudge();
+    })?;
+    Ok(thread)
 }
 
 fn work(
@@ -86,11 +67,11 @@ fn work(
 ) {
     let mut compiler = Compiler::default();
     let compile = |scope: &Scope| {
-        let compiled = compile(&mut compiler, feed, scope);
-        let count = compiler.problems().count();
-        metrics
-            .problems
-            .set(i64::try_from(count).unwrap_or(i64::MAX));
+        let (mut compiled, problems) = feed.compile(&mut compiler, scope);
+        tell(&problems, &compiler, metrics);
+        if scope == &Scope::All {
+            self_test::add_canary(&mut compiled.state);
+        }
         compiled
     };
     layer.run(&feed.inbox, compile, |backend, status| {
@@ -103,23 +84,13 @@ fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
     value.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Compiles what changed and logs each problem once, when it comes up.
-fn compile(compiler: &mut Compiler, feed: &Feed, scope: &Scope) -> Compiled {
-    let (mut compiled, problems) = feed.compile(compiler, scope);
-    for problem in &problems {
-        tracing::warn!(service = %problem.service(), error = %problem, "not carried out");
-    }
-    if scope == &Scope::All {
-        self_test::add_canary(&mut compiled.state);
-    }
-    compiled
-}
-
 /// What the kernel needs beside the entries of its maps.
 struct Tending {
     reaper: reaper::Requests,
     /// Cgroups to leave alone, when they have changed.
     excluded: Arc<Mutex<Option<BTreeSet<u64>>>>,
+    /// Why this mode and nothing better.
+    reason: String,
     /// The mode has been told.
     has_told: bool,
     metrics: Arc<Metrics>,
@@ -138,6 +109,20 @@ impl Tending {
                 );
             }
         }
+    }
+
+    fn tell_mode(&self, left_out: &[LeftOut]) {
+        let mut reason = self.reason.clone();
+        for LeftOut {
+            program,
+            reason: why,
+        } in left_out
+        {
+            tracing::warn!(program, reason = why, "left out");
+            reason.push_str("; without ");
+            reason.push_str(program);
+        }
+        servers::tell_mode(servers::Mode::Ebpf, reason, &self.metrics);
     }
 
     fn tend(&mut self, backend: &mut EbpfBackend<KernelStore>, status: &SyncStatus) {
@@ -161,7 +146,7 @@ impl Tending {
             self.bind(backend.store_mut());
             if !self.has_told {
                 self.has_told = true;
-                servers::tell_mode(backend.store().left_out(), &self.metrics);
+                self.tell_mode(backend.store().left_out());
             }
         }
     }

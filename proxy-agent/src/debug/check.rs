@@ -10,7 +10,7 @@ use super::{
     plan::Changes,
     print::{Report, columns},
 };
-use crate::backends::ebpf::probe;
+use crate::backends::{Error, ebpf::probe, iptables::host::variant::Choice};
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
 /// The agent writes its heartbeat every second; this much later it is late, not merely busy.
@@ -108,6 +108,22 @@ pub fn node(report: &probe::Report) -> Vec<Finding> {
         .chain(missing)
         .chain(usable)
         .collect()
+}
+
+/// What the node offers the packet layer.
+pub fn packets(choice: &Result<Choice, Error>) -> Finding {
+    match choice {
+        Ok(Choice {
+            variant,
+            why,
+            version,
+        }) => Finding::new(
+            "packet layer",
+            State::Ok,
+            format!("iptables {version}, {variant}: {why}"),
+        ),
+        Err(error) => Finding::new("packet layer", State::Note, error.to_string()),
+    }
 }
 
 /// What is wrong in the sources.

@@ -50,6 +50,9 @@ impl State {
         let sockets = &mut self.sockets;
         match request {
             Request::ServeTcp { address, identity } => server::tcp(address, identity)?,
+            Request::ServeTcpSources { address, identity } => {
+                server::tcp_sources(address, identity)?;
+            }
             Request::ServeUdp { address, identity } => server::udp(address, identity)?,
             Request::TcpOpen {
                 to,

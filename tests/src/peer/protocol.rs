@@ -14,6 +14,10 @@ pub(super) enum Request {
         address: SocketAddr,
         identity: String,
     },
+    ServeTcpSources {
+        address: SocketAddr,
+        identity: String,
+    },
     ServeUdp {
         address: SocketAddr,
         identity: String,

@@ -70,6 +70,31 @@ link set flannel-v6.1 up
     batch("ip", &netns, &lines)
 }
 
+/// A machine beside the cluster, on the same switch as its nodes. It knows no pod network.
+pub(super) fn make_outsider(suffix: &Suffix, outsider: &Pod) -> anyhow::Result<()> {
+    let netns = namespace_name(outsider.place());
+    make_namespace(&netns)?;
+    let lines = format!(
+        "link add v-out type veth peer name eth0 netns {netns}
+link set v-out master br0
+link set v-out up
+"
+    );
+    batch("ip", &suffix.netns("switch"), &lines)?;
+    let lines = format!(
+        "link set lo up
+addr add {}/24 dev eth0
+addr add {}/64 dev eth0 nodad
+link set eth0 up
+route add 0.0.0.0/0 via 192.168.77.1
+route add ::/0 via fd00:192:168:77::1
+",
+        outsider.v4(),
+        outsider.v6()
+    );
+    batch("ip", &netns, &lines)
+}
+
 /// Tells `node` the way to the pods of `other`.
 pub(super) fn join(suffix: &Suffix, node: &Node, other: &Node) -> anyhow::Result<()> {
     let (number, block, mac) = (other.number(), hextet(other.number()), tunnel_mac(other));
@@ -155,6 +180,9 @@ fn set_sysctls() -> anyhow::Result<()> {
         ("ipv6/conf/default/forwarding", "1"),
         ("ipv6/conf/all/accept_dad", "0"),
         ("ipv6/conf/default/accept_dad", "0"),
+        // What kubeadm asks of a node: rules see what a bridge forwards.
+        ("bridge/bridge-nf-call-iptables", "1"),
+        ("bridge/bridge-nf-call-ip6tables", "1"),
     ];
     for (name, value) in settings {
         let path = format!("/proc/sys/net/{name}");

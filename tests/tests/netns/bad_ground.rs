@@ -20,7 +20,9 @@ fn run_after(s: &Scenario, preparation: &str) -> anyhow::Result<(Option<i32>, St
         &format!("{preparation}\nexec \"$@\""),
     ]);
     command.arg("sh").arg(agent).args(s.agent.global_args());
-    command.args(["run", "--manifests"]).arg(s.manifests.dir());
+    command
+        .args(["run", "--mode", "ebpf", "--manifests"])
+        .arg(s.manifests.dir());
     let output = command.output()?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     Ok((output.status.code(), text))
@@ -61,7 +63,7 @@ fn without_root_the_agent_says_so() {
         let mut command = std::process::Command::new(&binary);
         command
             .args(s.agent.global_args())
-            .args(["run", "--manifests"])
+            .args(["run", "--mode", "ebpf", "--manifests"])
             .arg(s.manifests.dir());
         let output = command.uid(65534).gid(65534).output()?;
         let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
@@ -82,7 +84,7 @@ fn run_with(s: &Scenario, flag: &str, value: &str) -> anyhow::Result<(Option<i32
     let mut command = s.a.place().command(proxy_tests::agent::agent_binary()?)?;
     command
         .args(args)
-        .args(["run", "--manifests"])
+        .args(["run", "--mode", "ebpf", "--manifests"])
         .arg(s.manifests.dir());
     let output = command.output()?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();

@@ -8,6 +8,7 @@ mod files;
 mod node_port;
 mod opt_out;
 mod outputs;
+mod packets;
 mod policies;
 mod programs_log;
 mod reaper;

@@ -166,6 +166,33 @@ impl KernelStore {
     }
 }
 
+/// Hooks that an agent with a socket layer left, held by one that runs without.
+pub struct Left {
+    dir: Directory,
+}
+
+impl Left {
+    /// Looks for them; holds the lock of their directory.
+    ///
+    /// # Errors
+    /// Another agent has the directory.
+    pub fn find(bpf_dir: &Path) -> Result<Option<Self>, Error> {
+        if !bpf_dir.exists() {
+            return Ok(None);
+        }
+        let dir = Directory::lock(bpf_dir)?;
+        Ok(Some(Self { dir }))
+    }
+
+    /// Detaches connect and sendmsg. Sockets that were translated go on being shown what they addressed.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn stop_translating(&self) -> Result<(), Error> {
+        links::detach_translating(&self.dir.links()?)
+    }
+}
+
 /// Removes every hook, pin and directory of an agent that is not running; does nothing where there is none.
 ///
 /// # Errors

@@ -339,14 +339,7 @@ pub fn pinned_link(links: &Path, hook: Hook) -> Result<Option<(OwnedFd, bpf_link
 /// The kernel refused; the hooks before it are gone.
 pub fn detach_all(links: &Path) -> Result<(), Error> {
     for hook in Hook::ALL.into_iter().rev().chain([Hook::BindUdp]) {
-        let path = links.join(hook.name());
-        let Some(link) = existing_link(&path)? else {
-            continue;
-        };
-        if let Place::Cgroup(_) = hook.place() {
-            sys::link_detach(&link).map_err(|error| refused("detach", path.display(), error))?;
-        }
-        fs::remove_file(&path).map_err(|error| refused("remove", path.display(), error))?;
+        detach(links, hook)?;
     }
     match fs::remove_dir(links) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -354,4 +347,31 @@ pub fn detach_all(links: &Path) -> Result<(), Error> {
         }
         Ok(()) | Err(_) => Ok(()),
     }
+}
+
+/// Detaches the hooks that translate: connect and sendmsg.
+///
+/// # Errors
+/// The kernel refused; the hooks before it are gone.
+pub fn detach_translating(links: &Path) -> Result<(), Error> {
+    let translating = [
+        Hook::Connect6,
+        Hook::Connect4,
+        Hook::SendMsg6,
+        Hook::SendMsg4,
+    ];
+    translating
+        .into_iter()
+        .try_for_each(|hook| detach(links, hook))
+}
+
+fn detach(links: &Path, hook: Hook) -> Result<(), Error> {
+    let path = links.join(hook.name());
+    let Some(link) = existing_link(&path)? else {
+        return Ok(());
+    };
+    if let Place::Cgroup(_) = hook.place() {
+        sys::link_detach(&link).map_err(|error| refused("detach", path.display(), error))?;
+    }
+    fs::remove_file(&path).map_err(|error| refused("remove", path.display(), error))
 }

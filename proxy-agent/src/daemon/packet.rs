@@ -1,0 +1,157 @@
+//! The thread on which the packet layer lives: rules of iptables, at the pace of its tools.
+
+use std::{collections::BTreeMap, fs, net::IpAddr, sync::Arc, time::Instant};
+
+use super::{
+    Error,
+    feed::{Feed, tell},
+    layer::LayerThread,
+};
+use crate::{
+    backends::iptables::{
+        IptablesBackend,
+        host::Host,
+        rules::{LocalPods, NodePorts, Rules},
+    },
+    cli::{DetectLocalMode, Packet},
+    compile::Compiler,
+    metrics::Metrics,
+    state::{Family, ServicePort},
+    sync::{Layer, Scope},
+};
+
+/// Starts the thread.
+///
+/// # Errors
+/// A flag that another one needs is missing; no thread to be had.
+pub fn start(
+    host: Host,
+    args: &Packet,
+    feed: Feed,
+    metrics: &Arc<Metrics>,
+) -> Result<LayerThread, Error> {
+    let rules = rules(args, &host)?;
+    tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
+    let backend = IptablesBackend::new(host, rules);
+    let layer = Layer::new("packet", backend, metrics.layer("packet"), Instant::now())
+        .with_pace(args.iptables_min_sync_period);
+    let status = layer.status();
+    let metrics = Arc::clone(metrics);
+    let work = move || {
+        let mut compiler = Compiler::default();
+        let compile = |scope: &Scope| {
+            let (compiled, problems) = feed.compile(&mut compiler, scope);
+            tell(&problems, &compiler, &metrics);
+            compiled
+        };
+        let mut told = LeftOut::default();
+        layer.run(&feed.inbox, compile, |backend, _| {
+            told.tell(backend.left_out(), &metrics);
+        });
+    };
+    LayerThread::start("packet-layer", status, work).map_err(super::start("the packet layer"))
+}
+
+/// The rules that the flags ask for.
+///
+/// # Errors
+/// A flag that another one needs is missing.
+fn rules(args: &Packet, host: &Host) -> Result<Rules, Error> {
+    let needs = |flag| Error::Flag {
+        flag,
+        mode: args.detect_local_mode,
+    };
+    let local_pods = match args.detect_local_mode {
+        DetectLocalMode::ClusterCidr if args.cluster_cidr.is_empty() => LocalPods::Unknown,
+        DetectLocalMode::ClusterCidr => LocalPods::Networks(args.cluster_cidr.clone()),
+        DetectLocalMode::BridgeInterface => {
+            let name = args.pod_bridge_interface.clone();
+            LocalPods::Interface(name.ok_or_else(|| needs("--pod-bridge-interface"))?)
+        }
+        DetectLocalMode::InterfaceNamePrefix => {
+            let prefix = args.pod_interface_name_prefix.as_ref();
+            let prefix = prefix.ok_or_else(|| needs("--pod-interface-name-prefix"))?;
+            LocalPods::Interface(format!("{prefix}+"))
+        }
+    };
+    if local_pods == LocalPods::Unknown {
+        tracing::warn!(
+            "no --cluster-cidr: what goes to a ClusterIP from outside the cluster is not masqueraded, and its answers may take another way back"
+        );
+    }
+    Ok(Rules {
+        families: [Family::V4, Family::V6].into(),
+        masquerade_mark: 1 << args.iptables_masquerade_bit,
+        masquerade_all: args.masquerade_all,
+        local_pods,
+        node_ports: NodePorts::All,
+        localhost_node_ports: args.iptables_localhost_nodeports && route_localnet(),
+        node_addresses: own_addresses(),
+        conntrack_liberal: is_set(BE_LIBERAL),
+        features: host.features(),
+    })
+}
+
+const BE_LIBERAL: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
+const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf/all/route_localnet";
+
+fn is_set(sysctl: &str) -> bool {
+    fs::read_to_string(sysctl).is_ok_and(|value| value.trim() != "0")
+}
+
+/// Lets packets to 127.0.0.0/8 be translated; the rules guard that network against everybody else (CVE-2020-8558).
+fn route_localnet() -> bool {
+    if is_set(ROUTE_LOCALNET) {
+        return true;
+    }
+    match fs::write(ROUTE_LOCALNET, "1") {
+        Ok(()) => {
+            tracing::info!("route_localnet is set, for node ports on 127.0.0.0/8");
+            true
+        }
+        Err(error) => {
+            tracing::warn!(sysctl = ROUTE_LOCALNET, %error, "node ports on 127.0.0.0/8 are not served");
+            false
+        }
+    }
+}
+
+/// The node's own addresses, without loopback and link-local ones.
+fn own_addresses() -> Vec<IpAddr> {
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
+    let addresses = interfaces.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    });
+    addresses
+        .filter(|address| match address {
+            IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+            IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+        })
+        .collect()
+}
+
+/// Service ports that the tools refuse: each told once, until it goes in.
+#[derive(Debug, Default)]
+struct LeftOut(BTreeMap<ServicePort, String>);
+
+impl LeftOut {
+    fn tell(&mut self, now: &BTreeMap<ServicePort, String>, metrics: &Metrics) {
+        if self.0 == *now {
+            return;
+        }
+        let new = now
+            .iter()
+            .filter(|(port, why)| self.0.get(*port) != Some(*why));
+        for (port, why) in new {
+            tracing::error!(service = %port, protocol = %port.protocol, family = %port.family, error = why, "iptables refuses the rules of this Service; the others are in force, and it is tried again");
+        }
+        metrics
+            .left_out
+            .set(i64::try_from(now.len()).unwrap_or(i64::MAX));
+        self.0.clone_from(now);
+    }
+}
