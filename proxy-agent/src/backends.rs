@@ -15,6 +15,7 @@ use crate::{
 pub mod ebpf;
 pub mod iptables;
 pub mod memory;
+pub mod nfnetlink;
 
 /// Something that forwards traffic as a [`DesiredState`] says.
 ///

@@ -26,6 +26,7 @@ pub mod rules;
 mod save;
 mod shared;
 pub mod tables;
+pub mod watch;
 
 pub use describe::describe;
 use known::Known;
