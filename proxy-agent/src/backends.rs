@@ -12,6 +12,7 @@ use crate::{
     state::{DesiredState, Family, Protocol, ServiceName, ServicePort},
 };
 
+pub mod conntrack;
 pub mod ebpf;
 pub mod iptables;
 pub mod memory;

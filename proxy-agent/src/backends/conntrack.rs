@@ -1,0 +1,138 @@
+//! Flows of UDP Services that lead to an endpoint which no longer serves.
+//!
+//! The kernel translates the packets of a flow as it did the first one, for as long as they come; a client that keeps its
+//! port would talk to a dead endpoint for ever. So such flows are forgotten, and their next packet makes a new choice. TCP
+//! and SCTP notice by themselves, and must be able to end in good order. As kube-proxy does it (pkg/proxy/conntrack), with
+//! these differences: a Service without any endpoint counts too (kubernetes#139628), and a node port only on addresses of
+//! this node.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::IpAddr,
+    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    thread,
+    time::Duration,
+};
+
+use crate::{
+    backends::Error,
+    state::{DesiredState, Family, Protocol, ServicePort, ServiceState},
+};
+
+mod answers;
+mod table;
+
+pub use answers::Answers;
+
+/// From one look at the flows to the next: there may be a million of them.
+const PACE: Duration = Duration::from_secs(1);
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cleaned {
+    /// UDP flows that were looked at.
+    pub seen: u64,
+    /// Flows that were forgotten.
+    pub deleted: u64,
+    /// Stale flows that the kernel keeps, because a network card has taken them over.
+    pub kept: u64,
+}
+
+/// Looks at each UDP flow of the calling thread's network namespace once, and deletes those whose Service in `answers` has no
+/// endpoint that serves where they lead to. Time grows with the flows, memory does not.
+///
+/// # Errors
+/// The kernel does not list or delete flows. Those deleted so far are gone.
+pub fn clean(answers: &Answers) -> Result<Cleaned, Error> {
+    let mut total = Cleaned::default();
+    for family in [Family::V4, Family::V6] {
+        if answers.has(family) {
+            table::clean(answers, family, &mut total).map_err(failed)?;
+        }
+    }
+    Ok(total)
+}
+
+fn failed(cause: io::Error) -> Error {
+    Error::Kernel {
+        action: "clean up",
+        object: "the kernel's UDP flows".to_owned(),
+        cause,
+        hint: "",
+    }
+}
+
+/// The addresses of this node.
+fn own_addresses() -> io::Result<impl Iterator<Item = IpAddr>> {
+    let interfaces = nix::ifaddrs::getifaddrs()?;
+    Ok(interfaces.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    }))
+}
+
+/// Cleans on a thread of its own, so that nobody waits for it.
+#[derive(Debug)]
+pub struct Cleaner(Sender<Changed>);
+
+/// UDP service ports as they are now.
+type Changed = BTreeMap<ServicePort, ServiceState>;
+
+impl Cleaner {
+    /// Starts the thread, which ends when the cleaner is dropped; `tell` is given what each look did.
+    ///
+    /// # Errors
+    /// No thread to be had.
+    pub fn start(tell: impl FnMut(Result<Cleaned, Error>) + Send + 'static) -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel();
+        let work = move || run(&receiver, tell);
+        thread::Builder::new()
+            .name("conntrack".to_owned())
+            .spawn(work)?;
+        Ok(Self(sender))
+    }
+
+    /// Has the flows of the UDP Services in `state` looked at. Call it once new flows go where `state` says. A Service that
+    /// is gone is one without backends.
+    pub fn clean(&self, state: &DesiredState) {
+        let services = state.services.iter();
+        let udp = services.filter(|(port, _)| port.protocol == Protocol::Udp);
+        let changed: Changed = udp
+            .map(|(port, service)| (port.clone(), service.clone()))
+            .collect();
+        if !changed.is_empty() {
+            // The thread ends after this sender.
+            let _ = self.0.send(changed);
+        }
+    }
+}
+
+/// Takes together what has come meanwhile, and tries again what failed.
+fn run(changes: &Receiver<Changed>, mut tell: impl FnMut(Result<Cleaned, Error>)) {
+    let mut waiting = Changed::new();
+    loop {
+        let changed = match waiting.is_empty() {
+            true => changes.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            false => changes.recv_timeout(PACE),
+        };
+        match changed {
+            Ok(changed) => waiting.extend(changed),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        waiting.extend(changes.try_iter().flatten());
+        let cleaned = own_addresses()
+            .map_err(failed)
+            .and_then(|own| clean(&Answers::of(waiting.values(), own)));
+        if cleaned.is_ok() {
+            waiting.clear();
+        }
+        tell(cleaned);
+        thread::sleep(PACE);
+    }
+}
+
+#[cfg(test)]
+mod tests;
