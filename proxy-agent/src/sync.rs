@@ -35,8 +35,8 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 /// Between two audits of the kernel.
 const AUDIT_EVERY: Duration = Duration::from_secs(60);
 
-/// A backend is tended at least this often.
-const TEND_EVERY: Duration = Duration::from_secs(1);
+/// A backend is tended at least this often: what somebody else changes has to be back within a second.
+const TEND_EVERY: Duration = Duration::from_millis(500);
 
 /// What compiling a scope gives.
 #[derive(Clone, Debug, Default)]
@@ -142,12 +142,13 @@ impl<B: Backend> Layer<B> {
     }
 
     /// Works until the inbox says stop. `compile` is given what changed; `tend` the backend: first of all, after each turn,
-    /// when the inbox is nudged, and each second.
+    /// when the inbox is nudged, and twice a second. It says whether somebody else may have changed what the kernel holds:
+    /// then the audit does not wait.
     pub fn run(
         mut self,
         inbox: &Inbox,
         mut compile: impl FnMut(&Scope) -> Compiled,
-        mut tend: impl FnMut(&mut B, &SyncStatus),
+        mut tend: impl FnMut(&mut B, &SyncStatus) -> bool,
     ) {
         let mut due = Due {
             not_before: None,
@@ -155,8 +156,12 @@ impl<B: Backend> Layer<B> {
         };
         loop {
             let status = self.status.borrow().clone();
-            tend(&mut self.backend, &status);
-            let tend_at = Instant::now() + TEND_EVERY;
+            let is_disturbed = tend(&mut self.backend, &status);
+            let now = Instant::now();
+            if is_disturbed {
+                due = self.hasten(now, due);
+            }
+            let tend_at = now + TEND_EVERY;
             let turn = inbox.wait(due.not_before, due.until.min(tend_at));
             if turn.stop {
                 return;
@@ -173,6 +178,18 @@ impl<B: Backend> Layer<B> {
                 self.metrics.sync_duration.observe(elapsed.as_secs_f64());
                 tracing::debug!(layer = self.name, ?elapsed, "synced");
             }
+        }
+    }
+
+    /// Has the audit come first of all. What was not read yet, or will be after an error, needs none.
+    fn hasten(&mut self, now: Instant, due: Due) -> Due {
+        if self.observed.is_none() {
+            return due;
+        }
+        self.audit_at = now;
+        Due {
+            not_before: due.not_before,
+            until: now,
         }
     }
 
@@ -234,7 +251,7 @@ impl<B: Backend> Layer<B> {
                 tracing::warn!(
                     layer = self.name,
                     entries = drift,
-                    "the kernel's maps were changed by somebody else; repairing them"
+                    "somebody else changed what the kernel holds; repairing it"
                 );
                 *scope = Scope::All;
             }

@@ -12,6 +12,7 @@ use crate::{
         IptablesBackend,
         host::Host,
         rules::{LocalPods, NodePorts, Rules},
+        watch::Watched,
     },
     cli::{DetectLocalMode, Packet},
     compile::Compiler,
@@ -32,7 +33,8 @@ pub fn start(
 ) -> Result<LayerThread, Error> {
     let rules = rules(args, &host)?;
     tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
-    let backend = IptablesBackend::new(host, rules);
+    let is_nft = host.variant().is_nft();
+    let backend = IptablesBackend::new(Watched::new(host, is_nft), rules);
     let layer = Layer::new("packet", backend, metrics.layer("packet"), Instant::now())
         .with_pace(args.iptables_min_sync_period);
     let status = layer.status();
@@ -47,6 +49,7 @@ pub fn start(
         let mut told = LeftOut::default();
         layer.run(&feed.inbox, compile, |backend, _| {
             told.tell(backend.left_out(), &metrics);
+            backend.tables_mut().has_changed()
         });
     };
     LayerThread::start("packet-layer", status, work).map_err(super::start("the packet layer"))

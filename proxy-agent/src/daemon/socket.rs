@@ -75,7 +75,8 @@ fn work(
         compiled
     };
     layer.run(&feed.inbox, compile, |backend, status| {
-        tending.tend(backend, status)
+        tending.tend(backend, status);
+        false
     });
 }
 

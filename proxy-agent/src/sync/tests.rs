@@ -234,6 +234,29 @@ fn the_audit_repairs_what_somebody_else_changed() {
     assert_eq!(bench.layer.metrics.drift_repairs.get(), 1);
 }
 
+#[test]
+fn what_somebody_else_changed_is_repaired_before_the_next_audit_is_due() {
+    let wanted = world(&[("a", 1), ("b", 1)]);
+    let mut bench = Bench::new(&wanted);
+    let due = bench.turn(&wanted, turn(Scope::All, true));
+    bench.memory().entries.pop_first();
+    assert!(due.until > bench.now);
+    let due = bench.layer.hasten(bench.now, due);
+    assert_eq!(due.until, bench.now);
+    let due = bench.turn(&wanted, turn(Scope::default(), true));
+    assert_eq!(*bench.entries(), wanted.rendered());
+    assert!(due.until > bench.now);
+}
+
+#[test]
+fn a_disturbance_shortens_no_wait_after_an_error() {
+    let wanted = world(&[("a", 1)]);
+    let mut bench = Bench::new(&World::default());
+    bench.memory().fail_next(1);
+    let due = bench.turn(&wanted, turn(Scope::All, true));
+    assert_eq!(bench.layer.hasten(bench.now, due), due);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Set(u8, u32),

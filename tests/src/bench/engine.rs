@@ -101,7 +101,7 @@ impl Engine {
             let mut compiler = Compiler::default();
             move || {
                 let compile = |scope: &Scope| Compiled::of(&mut compiler, &lock(&model), scope).0;
-                layer.run(&inbox, compile, |_, _| {});
+                layer.run(&inbox, compile, |_, _| false);
             }
         });
         let engine = Self {

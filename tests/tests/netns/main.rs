@@ -5,6 +5,7 @@ mod bad_ground;
 mod cluster_ip;
 mod external;
 mod files;
+mod guard;
 mod node_port;
 mod opt_out;
 mod outputs;

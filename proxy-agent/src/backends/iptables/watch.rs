@@ -12,10 +12,13 @@ use crate::{backends::Error, state::Family};
 
 mod legacy;
 mod nft;
+mod watched;
+
+pub use watched::Watched;
 
 /// Follows the tables of the network namespace in which it was opened.
 #[derive(Debug)]
-pub struct Watch {
+struct Watch {
     source: Source,
     /// Seen, and not yet told.
     changed: bool,

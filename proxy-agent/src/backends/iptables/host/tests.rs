@@ -15,6 +15,7 @@ use crate::{
             IptablesBackend, remove_own,
             rules::Rules,
             tests::{rules, world::service_of},
+            watch::Watched,
         },
     },
     state::DesiredState,
@@ -187,6 +188,73 @@ fn what_a_kube_proxy_may_use_stays_beside_one() {
         let filter = host.save(Family::V4, Table::Filter).unwrap();
         assert!(!filter.contains("PROXY-AGENT-"), "{filter}");
         assert!(filter.contains("KUBE-FORWARD"), "{filter}");
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_flush_by_somebody_else_is_news_and_what_we_write_is_not() {
+    each_variant(|host| {
+        let rules = Rules {
+            features: host.features(),
+            ..rules()
+        };
+        let tables = Watched::new(host.clone(), host.variant().is_nft());
+        let mut backend = IptablesBackend::new(tables, rules);
+        let state = everything();
+        let found = backend.observe().unwrap();
+        let plan = backend.plan(&found, &state, Bounds::default());
+        backend.apply(&plan, &state).unwrap();
+        assert!(!backend.tables_mut().has_changed());
+        let text = "*nat\n-A KUBE-SERVICES -j KUBE-SVC-NONE\nCOMMIT\n";
+        let refused = backend.tables_mut().restore(Family::V4, Table::Nat, text);
+        assert!(refused.is_err() && !backend.tables_mut().has_changed());
+        for (table, flush) in [
+            (Table::Nat, "*nat\n-F\nCOMMIT\n"),
+            (Table::Filter, "*filter\n-F\nCOMMIT\n"),
+        ] {
+            host.restore(Family::V6, table, flush).unwrap();
+            assert!(backend.tables_mut().has_changed(), "{flush}");
+            let found = backend.observe().unwrap();
+            let plan = backend.plan(&found, &state, Bounds::default());
+            assert!(!plan.is_empty());
+            backend.apply(&plan, &state).unwrap();
+            assert!(!backend.tables_mut().has_changed());
+        }
+    });
+}
+
+/// Rules without their counters, and chains.
+fn lines(saved: &str, of: &str) -> Vec<String> {
+    let lines = saved.lines().filter(|line| line.contains(of));
+    lines.map(ToOwned::to_owned).collect()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn ten_thousand_rules_of_others_stay_as_they_are() {
+    each_variant(|host| {
+        let mut foreign = "*nat\n:FOREIGN - [0:0]\n-A OUTPUT -j FOREIGN\n".to_owned();
+        for number in 0..10_000 {
+            let (high, low) = (number / 256, number % 256);
+            foreign += &format!("-A FOREIGN -d 192.0.{high}.{low}/32 -j RETURN\n");
+        }
+        foreign += "COMMIT\n";
+        host.restore(Family::V4, Table::Nat, &foreign).unwrap();
+        let before = lines(&host.save(Family::V4, Table::Nat).unwrap(), "FOREIGN");
+        assert_eq!(before.len(), 10_002);
+        let rules = Rules {
+            features: host.features(),
+            ..rules()
+        };
+        let mut backend = IptablesBackend::new(host.clone(), rules);
+        for state in [everything(), DesiredState::default()] {
+            let found = backend.observe().unwrap();
+            let plan = backend.plan(&found, &state, Bounds::default());
+            backend.apply(&plan, &state).unwrap();
+            let after = lines(&host.save(Family::V4, Table::Nat).unwrap(), "FOREIGN");
+            assert!(after == before, "{} lines are left", after.len());
+        }
     });
 }
 

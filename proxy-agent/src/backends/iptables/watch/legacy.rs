@@ -41,17 +41,20 @@ impl Watch {
 
     /// Whether the shape of a table changed since the last look.
     pub fn look(&mut self) -> io::Result<bool> {
-        let now = shapes()?;
-        let has_changed = self.shapes != now;
-        self.shapes = now;
-        Ok(has_changed)
+        self.compare(None)
     }
 
     /// The same, after we changed the shape of one.
     pub fn resume(&mut self, family: Family, table: Table) -> io::Result<bool> {
+        self.compare(Some((family, table)))
+    }
+
+    /// A table that was not there held nothing of ours: the tools make one by reading it.
+    fn compare(&mut self, own: Option<(Family, Table)>) -> io::Result<bool> {
         let now = shapes()?;
         let mut pairs = TABLES.iter().zip(self.shapes.iter().zip(&now));
-        let has_changed = pairs.any(|(of, (before, now))| *of != (family, table) && before != now);
+        let has_changed = pairs
+            .any(|(table, (before, now))| Some(*table) != own && before.is_some() && before != now);
         self.shapes = now;
         Ok(has_changed)
     }

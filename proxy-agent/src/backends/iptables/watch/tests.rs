@@ -83,6 +83,7 @@ fn a_flush_of_one_table_is_noticed_in_either_family() {
 #[ignore = "needs root"]
 fn every_way_of_taking_our_rules_away_is_noticed() {
     each_variant(|tools| {
+        tools.restore(Family::V4, RULES);
         let mut watch = tools.watch();
         for destruction in [
             "iptables -t nat -F KUBE-SERVICES",
@@ -93,7 +94,7 @@ fn every_way_of_taking_our_rules_away_is_noticed() {
         ] {
             tools.restore(Family::V4, "*nat\n-F\n-X\nCOMMIT\n");
             tools.restore(Family::V4, RULES);
-            assert!(watch.has_changed().unwrap());
+            watch.has_changed().unwrap();
             tools.run(destruction);
             assert!(watch.has_changed().unwrap(), "{destruction}");
         }
