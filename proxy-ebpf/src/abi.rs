@@ -4,9 +4,9 @@
 //! order. Each type has a fixed size without padding (asserted below). [`ABI_VERSION`] changes with any change here.
 //!
 //! # What later versions may change
-//! [`Socket`], [`Peer`], [`Connection`], [`AffinityKey`] and [`AffinityValue`] are frozen: their maps are carried from agent to agent, up
-//! and down. The other values may grow at the end only: an agent of any version reads the ids that another one handed
-//! out from the fields that exist here.
+//! [`Socket`], [`Peer`], [`Connection`], [`AffinityKey`] and [`AffinityValue`] are frozen: their maps are carried from
+//! agent to agent, up and down. The other values may grow at the end only: an agent of any version reads the ids that
+//! another one handed out from the fields that exist here.
 
 macro_rules! plain {
     ($($name:ty { $($field:ident: $type:ty),* $(,)? } = $size:expr;)*) => {$(
@@ -19,10 +19,12 @@ macro_rules! plain {
 }
 
 mod addr;
+mod bindings;
 mod counters;
 mod sockets;
 
 pub use addr::{Addr, Be16};
+pub use bindings::{Binding, BindingKey};
 pub use counters::{REASONS, Reason, Stats};
 pub use sockets::{
     AffinityKey, AffinityValue, CONNECTION_ENTRIES, Connection, Peer, PeerKey, SOCKET_PEERS,
@@ -325,31 +327,6 @@ pub struct Member {
     pub grown: [u64; GROWN_WORDS],
 }
 
-/// Key of BINDINGS: one endpoint of one service port, as a socket knows it whatever its index was. 24 bytes. Written by the
-/// agent.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct BindingKey {
-    /// The endpoint's address.
-    pub addr: Addr,
-    /// Index into SERVICES.
-    pub service: u32,
-    /// The endpoint's port.
-    pub port: Be16,
-    /// Zero.
-    pub pad: u16,
-}
-
-/// Value of BINDINGS: its member. 8 bytes.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Binding {
-    /// Index into MEMBERS.
-    pub member: u32,
-    /// The member's generation.
-    pub generation: u32,
-}
-
 /// Bytes of a Service's name in [`Name`]: "namespace/name:port", three DNS labels, at most 63 + 1 + 63 + 1 + 63 = 191.
 pub const NAME_LEN: usize = 196;
 
@@ -408,8 +385,6 @@ plain! {
     Service { cluster: SetWord, local: SetWord, policy: Policy, used: u32, reserved: [u64; 5], grown: [u64; GROWN_WORDS] } = 64 + 8 * GROWN_WORDS;
     Slot { addr: Addr, port: Be16, flags: u16, member: u32, generation: u32, member_generation: u32, grown: [u64; GROWN_WORDS] } = 32 + 8 * GROWN_WORDS;
     Member { word: MemberWord, service: u32, port: Be16, pad: u16, addr: Addr, grown: [u64; GROWN_WORDS] } = 32 + 8 * GROWN_WORDS;
-    BindingKey { addr: Addr, service: u32, port: Be16, pad: u16 } = 24;
-    Binding { member: u32, generation: u32 } = 8;
     Name { len: u8, protocol: u8, family: u8, pad: u8, text: [u8; NAME_LEN] } = 200;
     Meta { abi_version: u32, flags: u32, netns_cookie: u64, heartbeat_ns: u64, lease_ns: u64, generation: u64, node: [u8; 64], programs: u64, reserved: [u64; 18] } = 256;
 }

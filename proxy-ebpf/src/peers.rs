@@ -119,12 +119,7 @@ impl Peer {
         let Some(service) = service else {
             return;
         };
-        let key = BindingKey {
-            addr: self.backend,
-            service,
-            port: self.backend_port,
-            pad: 0,
-        };
+        let key = BindingKey::new(service, self.backend, self.backend_port);
         let Some(found) = binding(&key) else {
             return;
         };

@@ -3,7 +3,6 @@
 
 use std::{
     fs::{self, File},
-    io::Read,
     net::{IpAddr, SocketAddr, UdpSocket},
     os::fd::{AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -19,7 +18,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use proxy_agent::backends::ebpf::{
-    links::{Hook, Place},
+    links::Place,
     load::{Constants, Loaded, Object},
     maps::per_cpu_totals,
     sys,
@@ -27,14 +26,15 @@ use proxy_agent::backends::ebpf::{
 };
 use proxy_ebpf::{
     abi::{
-        ABI_VERSION, Addr, Be16, Binding, BindingKey, Connection, FrontendKey, FrontendValue,
-        Member, MemberWord, Meta, Plain, Policy, Reason, Service, SetWord, Slot, Socket,
-        SocketRecord, Stats, kind, meta_flags,
+        ABI_VERSION, Addr, Be16, Connection, FrontendKey, FrontendValue, Member, MemberWord, Meta,
+        Policy, Reason, Service, SetWord, Slot, Socket, Stats, kind, meta_flags,
     },
     lb::Scope,
 };
 
 use crate::names::cgroup2_root;
+
+mod iterators;
 
 const SERVICES: u32 = 16;
 const SLOTS: u32 = 1024;
@@ -369,54 +369,6 @@ impl Programs {
         let at = now_ns()? - u64::try_from(idle.as_nanos())?;
         value.peers.iter_mut().for_each(|p| p.last_used_ns = at);
         Ok(sys::map_update(map, &key, sys::bytes_of(&value))?)
-    }
-
-    /// Output of the iterators `list_tcp` and `list_udp` in the network namespace of the calling thread.
-    pub fn list_sockets(&self) -> anyhow::Result<Vec<SocketRecord>> {
-        let mut records = self.iterate(Hook::ListTcp)?;
-        records.extend(self.iterate::<SocketRecord>(Hook::ListUdp)?);
-        Ok(records)
-    }
-
-    /// Runs the iterator `kill_dead` in the network namespace of the calling thread.
-    pub fn kill_dead(&self) -> anyhow::Result<()> {
-        let records = self.iterate::<u64>(Hook::KillDead)?;
-        ensure!(records.is_empty(), "{records:?}");
-        Ok(())
-    }
-
-    /// Runs the iterator `bind_udp` in the network namespace of the calling thread, for these members.
-    pub fn bind(&self, members: &[u32]) -> anyhow::Result<()> {
-        let entry = |index: &u32| {
-            let member: Member = self.tables.members.read(*index);
-            let key = BindingKey {
-                addr: member.addr,
-                service: member.service,
-                port: member.port,
-                pad: 0,
-            };
-            let binding = Binding {
-                member: *index,
-                generation: member.word.generation(),
-            };
-            (key, binding)
-        };
-        let entries: Vec<_> = members.iter().map(entry).collect();
-        hash(&self.fds, "BINDINGS")?.upsert(&entries)?;
-        let records = self.iterate::<u64>(Hook::BindUdp)?;
-        ensure!(records.is_empty(), "{records:?}");
-        Ok(())
-    }
-
-    fn iterate<T: Plain>(&self, hook: Hook) -> anyhow::Result<Vec<T>> {
-        let missing = || format!("{}: {:?}", hook.name(), self.loaded.left_out);
-        let program = self.loaded.programs.get(&hook).with_context(missing)?;
-        let link = sys::iter_link(program)?;
-        let mut bytes = Vec::new();
-        sys::iter_file(link)?.read_to_end(&mut bytes)?;
-        let records = bytes.chunks_exact(size_of::<T>());
-        ensure!(records.remainder().is_empty(), "{} bytes", bytes.len());
-        Ok(records.map(sys::from_prefix).collect())
     }
 }
 

@@ -3,7 +3,7 @@
 //! Only a program can write the storage of other processes' sockets, and only an iterator sees all of them. It is pinned
 //! for the reaper, which reads it in each network namespace and unpins it.
 
-use proxy_ebpf::abi::{Binding, BindingKey, MemberWord, meta_flags};
+use proxy_ebpf::abi::{Binding, Member, MemberWord, meta_flags};
 
 use super::{
     super::{
@@ -68,24 +68,12 @@ impl KernelStore {
             return Ok(false);
         };
         let members = &current.tables.members;
-        let mut entries = Vec::new();
-        for index in 0..members.len() {
-            let member: proxy_ebpf::abi::Member = members.read(index);
-            if member.word.bits() & MemberWord::SERVING == 0 {
-                continue;
-            }
-            let key = BindingKey {
-                addr: member.addr,
-                service: member.service,
-                port: member.port,
-                pad: 0,
-            };
-            let binding = Binding {
-                member: index,
-                generation: member.word.generation(),
-            };
-            entries.push((key, binding));
-        }
+        let serving = (0..members.len())
+            .map(|index| (index, members.read::<Member>(index)))
+            .filter(|(_, member)| member.word.bits() & MemberWord::SERVING != 0);
+        let entries: Vec<_> = serving
+            .map(|(index, member)| Binding::entry(index, &member))
+            .collect();
         let object = Object::embedded(self.constants)?;
         let mut maps = Fds::new();
         for name in object.maps().keys() {
