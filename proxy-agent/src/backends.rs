@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::{self, Display},
+    io,
     net::IpAddr,
     sync::Arc,
 };
@@ -14,6 +15,8 @@ use crate::{
 
 pub mod conntrack;
 pub mod ebpf;
+#[cfg(test)]
+mod in_namespace;
 pub mod iptables;
 pub mod memory;
 pub mod nfnetlink;
@@ -147,6 +150,19 @@ impl Display for Key {
     }
 }
 
+/// All addresses of the links in the calling thread's network namespace, as they are now.
+///
+/// # Errors
+/// The kernel does not list them.
+pub fn own_addresses() -> io::Result<impl Iterator<Item = IpAddr>> {
+    let interfaces = nix::ifaddrs::getifaddrs()?;
+    Ok(interfaces.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    }))
+}
+
 /// Why a backend could not read or change the kernel's state.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -158,7 +174,7 @@ pub enum Error {
         /// What it was done to: "map FRONTENDS", "hook connect4 on /sys/fs/cgroup".
         object: String,
         /// What the kernel said.
-        cause: std::io::Error,
+        cause: io::Error,
         /// What to do about it, with its leading separator; may be empty.
         hint: &'static str,
     },

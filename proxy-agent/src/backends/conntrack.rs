@@ -9,14 +9,13 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::IpAddr,
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     thread,
     time::Duration,
 };
 
 use crate::{
-    backends::Error,
+    backends::{Error, own_addresses},
     state::{DesiredState, Family, Protocol, ServicePort, ServiceState},
 };
 
@@ -61,16 +60,6 @@ fn failed(cause: io::Error) -> Error {
         cause,
         hint: "",
     }
-}
-
-/// The addresses of this node.
-fn own_addresses() -> io::Result<impl Iterator<Item = IpAddr>> {
-    let interfaces = nix::ifaddrs::getifaddrs()?;
-    Ok(interfaces.filter_map(|interface| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-    }))
 }
 
 /// Cleans on a thread of its own, so that nobody waits for it.

@@ -8,11 +8,14 @@ use super::{
     layer::LayerThread,
 };
 use crate::{
-    backends::iptables::{
-        IptablesBackend,
-        host::Host,
-        rules::{LocalPods, NodePorts, Rules},
-        watch::Watched,
+    backends::{
+        iptables::{
+            IptablesBackend,
+            host::Host,
+            rules::{LocalPods, NodePorts, Rules},
+            watch::Watched,
+        },
+        own_addresses,
     },
     cli::{DetectLocalMode, Packet},
     compile::Compiler,
@@ -89,7 +92,7 @@ fn rules(args: &Packet, host: &Host) -> Result<Rules, Error> {
         local_pods,
         node_ports: NodePorts::All,
         localhost_node_ports: args.iptables_localhost_nodeports && route_localnet(),
-        node_addresses: own_addresses(),
+        node_addresses: node_addresses(),
         conntrack_liberal: is_set(BE_LIBERAL),
         features: host.features(),
     })
@@ -120,15 +123,10 @@ fn route_localnet() -> bool {
 }
 
 /// The node's own addresses, without loopback and link-local ones.
-fn own_addresses() -> Vec<IpAddr> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
+fn node_addresses() -> Vec<IpAddr> {
+    let Ok(addresses) = own_addresses() else {
         return Vec::new();
     };
-    let addresses = interfaces.filter_map(|interface| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-    });
     addresses
         .filter(|address| match address {
             IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),

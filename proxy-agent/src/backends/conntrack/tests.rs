@@ -4,11 +4,12 @@ use std::{
     sync::Arc,
 };
 
-use nix::sched::{CloneFlags, unshare};
-
 use super::{answers::Flow, table::creation::create, *};
 use crate::{
-    backends::nfnetlink::{BUFFER_BYTES, Message, Requests, Socket},
+    backends::{
+        in_namespace::in_namespace,
+        nfnetlink::{BUFFER_BYTES, Message, Requests, Socket},
+    },
     state::{Backend, BackendState, Frontend, FrontendKind, ServiceName, TrafficPolicy},
 };
 
@@ -52,18 +53,6 @@ pub(super) fn udp_service(
         external_policy: TrafficPolicy::Cluster,
         source_ranges: Vec::new(),
     }
-}
-
-fn in_namespace(test: impl FnOnce() + Send) {
-    let work = || {
-        unshare(CloneFlags::CLONE_NEWNET).expect("root");
-        test();
-    };
-    thread::scope(|scope| {
-        if let Err(panic) = scope.spawn(work).join() {
-            std::panic::resume_unwind(panic);
-        }
-    });
 }
 
 fn run(command: &str) {

@@ -18,13 +18,14 @@ const CANARY: &str = ":KUBE-PROXY-CANARY ";
 ///
 /// # Errors
 /// A table could not be read or changed.
-pub fn remove_own<T: Tables>(mut tables: T) -> Result<usize, Error> {
-    let is_beside = tables.save(Family::V4, Table::Nat)?.contains(CANARY);
+pub fn remove_own<T: Tables>(tables: T) -> Result<usize, Error> {
     let mut backend = IptablesBackend::new(tables, Rules::any());
     let found = backend.observe()?;
     if !found.keys().any(Key::is_ours_alone) {
         return Ok(0);
     }
+    let nat = backend.tables.save(Family::V4, Table::Nat)?;
+    let is_beside = nat.contains(CANARY);
     let mut plan = Plan {
         upserts: Vec::new(),
         deletions: found

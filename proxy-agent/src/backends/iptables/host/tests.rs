@@ -1,16 +1,14 @@
 //! The real tools in network namespaces: each test for both variants.
 
-use std::{fs::File, thread};
+use std::fs::File;
 
-use nix::{
-    fcntl::{Flock, FlockArg},
-    sched::{CloneFlags, unshare},
-};
+use nix::fcntl::{Flock, FlockArg};
 
 use super::*;
 use crate::{
     backends::{
         Backend as _, Bounds,
+        in_namespace::in_namespace,
         iptables::{
             IptablesBackend, remove_own,
             rules::Rules,
@@ -21,27 +19,45 @@ use crate::{
     state::DesiredState,
 };
 
+/// The tools of a variant, untried.
+fn host(variant: Variant) -> Host {
+    Host {
+        variant,
+        why: String::new(),
+        version: variant::choose().expect("iptables").version,
+        ipset: run::find("ipset"),
+        features: Features::default(),
+        _owner: Arc::new(Owner::take().expect("a namespace of its own")),
+    }
+}
+
 /// Runs `test` with the tools of each variant in a network namespace of its own.
 fn each_variant(test: impl Fn(&mut Host) + Sync) {
     for variant in [Variant::Nft, Variant::Legacy] {
-        let work = || {
-            unshare(CloneFlags::CLONE_NEWNET).expect("root");
-            let mut host = Host {
-                variant,
-                why: String::new(),
-                version: variant::choose().expect("iptables").version,
-                ipset: run::find("ipset"),
-                features: Features::default(),
-                _owner: Arc::new(Owner::take().expect("a namespace of its own")),
-            };
+        println!("with iptables-{variant}");
+        in_namespace(|| {
+            let mut host = host(variant);
             host.features = probe::features(&mut host).expect("a trial");
             test(&mut host);
-        };
-        thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|panic| {
-            eprintln!("with iptables-{variant}");
-            std::panic::resume_unwind(panic)
         });
     }
+}
+
+/// A backend on these tools.
+fn backend(host: &Host) -> IptablesBackend<Host> {
+    let rules = Rules {
+        features: host.features(),
+        ..rules()
+    };
+    IptablesBackend::new(host.clone(), rules)
+}
+
+/// Brings the tables to `state`; says whether that took a change.
+fn bring<T: Tables>(backend: &mut IptablesBackend<T>, state: &DesiredState) -> bool {
+    let found = backend.observe().unwrap();
+    let plan = backend.plan(&found, state, Bounds::default());
+    backend.apply(&plan, state).unwrap();
+    !plan.is_empty()
 }
 
 #[test]
@@ -99,16 +115,9 @@ fn everything() -> DesiredState {
 #[ignore = "needs root"]
 fn what_is_written_is_read_back_the_same() {
     each_variant(|host| {
-        let rules = Rules {
-            features: host.features(),
-            ..rules()
-        };
-        let mut backend = IptablesBackend::new(host.clone(), rules);
+        let mut backend = backend(host);
         for state in [everything(), DesiredState::default()] {
-            let found = backend.observe().unwrap();
-            let plan = backend.plan(&found, &state, Bounds::default());
-            assert!(!plan.is_empty());
-            backend.apply(&plan, &state).unwrap();
+            assert!(bring(&mut backend, &state));
             assert!(backend.left_out().is_empty(), "{:?}", backend.left_out());
             let found = backend.observe().unwrap();
             let plan = backend.plan(&found, &state, Bounds::default());
@@ -124,15 +133,9 @@ fn everything_of_ours_can_be_removed_and_nothing_else() {
         let foreign = "*nat\n:FOREIGN - [0:0]\n-A PREROUTING -j FOREIGN\n-A FOREIGN -d 192.0.2.1/32 -j RETURN\nCOMMIT\n";
         host.restore(Family::V4, Table::Nat, foreign).unwrap();
         let before = host.save(Family::V4, Table::Nat).unwrap();
-        let rules = Rules {
-            features: host.features(),
-            ..rules()
-        };
-        let mut backend = IptablesBackend::new(host.clone(), rules);
+        let mut backend = backend(host);
         let state = everything();
-        let found = backend.observe().unwrap();
-        let plan = backend.plan(&found, &state, Bounds::default());
-        backend.apply(&plan, &state).unwrap();
+        bring(&mut backend, &state);
         assert!(remove_own(host.clone()).unwrap() > 100);
         // kubelet has the guard of 127.0.0.0/8 as well: it stays, as kube-proxy leaves it.
         let left: Vec<String> = backend
@@ -158,11 +161,7 @@ fn everything_of_ours_can_be_removed_and_nothing_else() {
 #[ignore = "needs root"]
 fn what_a_kube_proxy_may_use_stays_beside_one() {
     each_variant(|host| {
-        let rules = Rules {
-            features: host.features(),
-            ..rules()
-        };
-        let mut backend = IptablesBackend::new(host.clone(), rules);
+        let mut backend = backend(host);
         let services = service_of(1, 3).into_iter();
         let state = DesiredState {
             services: services
@@ -170,9 +169,7 @@ fn what_a_kube_proxy_may_use_stays_beside_one() {
                 .collect(),
             ..DesiredState::default()
         };
-        let found = backend.observe().unwrap();
-        let plan = backend.plan(&found, &state, Bounds::default());
-        backend.apply(&plan, &state).unwrap();
+        bring(&mut backend, &state);
         let canary = "*nat\n:KUBE-PROXY-CANARY - [0:0]\nCOMMIT\n";
         host.restore(Family::V4, Table::Nat, canary).unwrap();
         // As it writes the chains that it has too.
@@ -202,9 +199,7 @@ fn a_flush_by_somebody_else_is_news_and_what_we_write_is_not() {
         let tables = Watched::new(host.clone(), host.variant().is_nft());
         let mut backend = IptablesBackend::new(tables, rules);
         let state = everything();
-        let found = backend.observe().unwrap();
-        let plan = backend.plan(&found, &state, Bounds::default());
-        backend.apply(&plan, &state).unwrap();
+        bring(&mut backend, &state);
         assert!(!backend.tables_mut().has_changed());
         let text = "*nat\n-A KUBE-SERVICES -j KUBE-SVC-NONE\nCOMMIT\n";
         let refused = backend.tables_mut().restore(Family::V4, Table::Nat, text);
@@ -215,10 +210,7 @@ fn a_flush_by_somebody_else_is_news_and_what_we_write_is_not() {
         ] {
             host.restore(Family::V6, table, flush).unwrap();
             assert!(backend.tables_mut().has_changed(), "{flush}");
-            let found = backend.observe().unwrap();
-            let plan = backend.plan(&found, &state, Bounds::default());
-            assert!(!plan.is_empty());
-            backend.apply(&plan, &state).unwrap();
+            assert!(bring(&mut backend, &state));
             assert!(!backend.tables_mut().has_changed());
         }
     });
@@ -243,15 +235,9 @@ fn ten_thousand_rules_of_others_stay_as_they_are() {
         host.restore(Family::V4, Table::Nat, &foreign).unwrap();
         let before = lines(&host.save(Family::V4, Table::Nat).unwrap(), "FOREIGN");
         assert_eq!(before.len(), 10_002);
-        let rules = Rules {
-            features: host.features(),
-            ..rules()
-        };
-        let mut backend = IptablesBackend::new(host.clone(), rules);
+        let mut backend = backend(host);
         for state in [everything(), DesiredState::default()] {
-            let found = backend.observe().unwrap();
-            let plan = backend.plan(&found, &state, Bounds::default());
-            backend.apply(&plan, &state).unwrap();
+            bring(&mut backend, &state);
             let after = lines(&host.save(Family::V4, Table::Nat).unwrap(), "FOREIGN");
             assert!(after == before, "{} lines are left", after.len());
         }
@@ -267,16 +253,8 @@ fn the_holder_of_the_lock_is_named() {
         .write(true)
         .open("/run/xtables.lock")
         .unwrap();
-    let work = || {
-        unshare(CloneFlags::CLONE_NEWNET).expect("root");
-        let mut host = Host {
-            variant: Variant::Legacy,
-            why: String::new(),
-            version: String::new(),
-            ipset: None,
-            features: Features::default(),
-            _owner: Arc::new(Owner::take().expect("a namespace of its own")),
-        };
+    in_namespace(|| {
+        let mut host = host(Variant::Legacy);
         let held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno);
         let held = held.unwrap();
         let text = "*nat\n:KUBE-SVC-A - [0:0]\nCOMMIT\n";
@@ -285,20 +263,17 @@ fn the_holder_of_the_lock_is_named() {
         assert!(error.to_string().contains(&own), "{error}");
         drop(held);
         host.restore(Family::V4, Table::Nat, text).unwrap();
-    };
-    thread::scope(|scope| scope.spawn(work).join().unwrap());
+    });
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_network_namespace_has_one_agent() {
-    let work = || {
-        unshare(CloneFlags::CLONE_NEWNET).expect("root");
+    in_namespace(|| {
         let first = Host::find().unwrap();
         let error = Host::find().unwrap_err().to_string();
         assert!(error.contains("stop it first"), "{error}");
         drop(first);
         Host::find().map(drop).unwrap();
-    };
-    thread::scope(|scope| scope.spawn(work).join().unwrap());
+    });
 }

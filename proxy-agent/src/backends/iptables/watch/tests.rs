@@ -3,12 +3,10 @@
 use std::{
     io::Write as _,
     process::{Command, Stdio},
-    thread,
 };
 
-use nix::sched::{CloneFlags, unshare};
-
 use super::*;
+use crate::backends::in_namespace::in_namespace;
 
 const RULES: &str = "*nat\n:KUBE-SERVICES - [0:0]\n-A KUBE-SERVICES -j RETURN\n-A OUTPUT -j KUBE-SERVICES\nCOMMIT\n";
 const CHANGE: &str = "*nat\n:KUBE-SVC-A - [0:0]\n-A KUBE-SVC-A -j RETURN\nCOMMIT\n";
@@ -51,14 +49,8 @@ impl Tools {
 
 fn each_variant(test: impl Fn(Tools) + Sync) {
     for variant in ["nft", "legacy"] {
-        let work = || {
-            unshare(CloneFlags::CLONE_NEWNET).expect("root");
-            test(Tools { variant });
-        };
-        thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|panic| {
-            eprintln!("with iptables-{variant}");
-            std::panic::resume_unwind(panic)
-        });
+        println!("with iptables-{variant}");
+        in_namespace(|| test(Tools { variant }));
     }
 }
 
@@ -157,8 +149,7 @@ fn somebody_who_writes_while_we_do_is_noticed() {
 #[test]
 #[ignore = "needs root"]
 fn other_peoples_rules_are_their_own_business_in_the_nft_variant() {
-    let work = || {
-        unshare(CloneFlags::CLONE_NEWNET).expect("root");
+    in_namespace(|| {
         let tools = Tools { variant: "nft" };
         tools.restore(Family::V4, RULES);
         let mut watch = tools.watch();
@@ -172,21 +163,18 @@ fn other_peoples_rules_are_their_own_business_in_the_nft_variant() {
             tools.run(change);
             assert!(!watch.has_changed().unwrap(), "{change}");
         }
-    };
-    thread::scope(|scope| scope.spawn(work).join().unwrap());
+    });
 }
 
 #[test]
 #[ignore = "needs root"]
 fn a_table_is_not_made_by_watching_it() {
-    let work = || {
-        unshare(CloneFlags::CLONE_NEWNET).expect("root");
+    in_namespace(|| {
         let mut watch = Watch::open(false).unwrap();
         assert!(!watch.has_changed().unwrap());
         let names = std::fs::read_to_string("/proc/thread-self/net/ip_tables_names").unwrap();
         assert_eq!(names, "");
-    };
-    thread::scope(|scope| scope.spawn(work).join().unwrap());
+    });
 }
 
 #[test]
