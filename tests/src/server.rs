@@ -23,31 +23,27 @@ pub fn any_port(to: SocketAddr) -> SocketAddr {
 ///
 /// # Errors
 /// The port is taken.
-pub fn tcp(address: SocketAddr, identity: String) -> io::Result<()> {
-    let listener = TcpListener::bind(address)?;
+pub fn tcp(address: SocketAddr, identity: &str) -> io::Result<()> {
     let line = format!("{identity}\n");
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            welcome(stream, &line);
-        }
-    });
-    Ok(())
+    accept(address, move |stream| welcome(stream, &line))
 }
 
-/// Writes `identity`, a space and the client's address to each connection; on a thread.
+/// Writes `identity`, a space and the client's address to each connection, and again as [`tcp`] does; on a thread.
 ///
 /// # Errors
 /// The port is taken.
 pub fn tcp_sources(address: SocketAddr, identity: String) -> io::Result<()> {
-    let listener = TcpListener::bind(address)?;
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            if let Ok(from) = stream.peer_addr() {
-                let from = from.ip().to_canonical();
-                welcome(stream, &format!("{identity} {from}\n"));
-            }
+    accept(address, move |stream| {
+        if let Ok(from) = stream.peer_addr() {
+            let from = from.ip().to_canonical();
+            welcome(stream, &format!("{identity} {from}\n"));
         }
-    });
+    })
+}
+
+fn accept(address: SocketAddr, serve: impl Fn(TcpStream) + Send + 'static) -> io::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    thread::spawn(move || listener.incoming().flatten().for_each(serve));
     Ok(())
 }
 

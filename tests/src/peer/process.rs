@@ -49,7 +49,7 @@ impl State {
     fn answer(&mut self, request: Request) -> io::Result<Response> {
         let sockets = &mut self.sockets;
         match request {
-            Request::ServeTcp { address, identity } => server::tcp(address, identity)?,
+            Request::ServeTcp { address, identity } => server::tcp(address, &identity)?,
             Request::ServeTcpSources { address, identity } => {
                 server::tcp_sources(address, identity)?;
             }

@@ -143,7 +143,7 @@ route add ::/0 via fd00:10:244:{block:x}::1
     batch("ip", &netns, &lines)
 }
 
-fn namespace_name(place: &Place) -> String {
+pub(super) fn namespace_name(place: &Place) -> String {
     place
         .netns
         .file_name()

@@ -36,13 +36,10 @@ fn each_family(name: &str, body: impl Fn(&mut Scenario, &Pod) -> anyhow::Result<
         in_family(name, v6, &ARGS, |s| {
             serve_sources(s)?;
             let outsider = s.topology.outsider()?;
-            let v4 = format!("route add 203.0.113.0/24 via {}", s.a.v4());
-            let v6 = format!("-6 route add 2001:db8::/64 via {}", s.a.v6());
-            for route in [v4, v6] {
-                let args: Vec<&str> = route.split(' ').collect();
-                let status = outsider.place().command("ip")?.args(args).status()?;
-                ensure!(status.success(), "ip {route}: {status}");
-            }
+            let (v4, v6) = (s.a.v4(), s.a.v6());
+            outsider.ip(&format!(
+                "route add 203.0.113.0/24 via {v4}\nroute add 2001:db8::/64 via {v6}\n"
+            ))?;
             body(s, &outsider)
         });
     }
@@ -153,20 +150,10 @@ fn every_client_reaches_every_kind_of_address() {
         let [near, far] = [&s.near, &s.far].map(|pod| s.endpoint(pod));
         apply(s, &seen(s).endpoint(near).endpoint(far), 1)?;
         // The switch has no way to a ClusterIP: the outsider is told one.
-        let via = if s.v6 {
-            format!("-6 route add fd00:10:96::/64 via {}", s.a.v6())
-        } else {
-            format!("route add 10.96.0.0/16 via {}", s.a.v4())
-        };
-        let args: Vec<&str> = via.split(' ').collect();
-        ensure!(
-            outsider
-                .place()
-                .command("ip")?
-                .args(args)
-                .status()?
-                .success()
-        );
+        let (v4, v6) = (s.a.v4(), s.a.v6());
+        outsider.ip(&format!(
+            "route add 10.96.0.0/16 via {v4}\nroute add fd00:10:96::/64 via {v6}\n"
+        ))?;
         assert_flows(
             s,
             outsider,
