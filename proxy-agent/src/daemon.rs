@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! manifests ─┐
-//!            ├─► Feeds: Model ─► Inbox ─► thread of the socket or packet layer: compile, plan, apply ─► kernel
-//! addresses ─┘                                 │
-//!                                              └─► SyncStatus ─► self-test, health and metrics servers
+//!            │                ┌─► Inbox ─► thread of the socket layer ─┐
+//!            ├─► Feeds: Model ┤                                        ├─ compile, plan, apply ─► kernel
+//! addresses ─┘                └─► Inbox ─► thread of the packet layer ─┘
+//!                                               │
+//!                                               └─► SyncStatus ─► self-test, health and metrics servers
 //! ```
 //!
 //! A signal ends it. The programs stay pinned and go on serving.
@@ -22,7 +24,7 @@ use tokio::{
 };
 
 use crate::{
-    backends,
+    backends::{self, ebpf::kernel::Left},
     cli::{DetectLocalMode, Global, Mode, Run},
     health::SelfTest,
     metrics::Metrics,
@@ -33,7 +35,6 @@ use crate::{
 
 pub mod exclude;
 mod feed;
-mod former;
 mod layer;
 mod mode;
 pub mod namespaces;
@@ -47,9 +48,8 @@ pub mod socket;
 
 use exclude::Exclusions;
 use feed::Feeds;
-use former::Former;
 use layer::LayerThread;
-use mode::Opened;
+use mode::{Layers, Opened};
 use place::node_name;
 use reaper::Reaper;
 
@@ -163,21 +163,21 @@ async fn serve(
     let mut feeds = Feeds::new(here);
     let serving = Serving::start(global, args, opened, reaper, &mut feeds, &metrics)?;
     let Serving {
-        layer,
-        mode,
-        cgroup,
-        beside,
-        reaper_ended,
+        layers,
+        sockets,
+        former,
     } = serving;
+    let statuses = || layers.iter().map(LayerThread::status);
+    let (cgroup, reaper_ended) = sockets.unzip();
     let (tested, self_test) = watch::channel(SelfTest::default());
-    let health = servers::health(args, layer.status(), self_test);
-    let metering = servers::metrics(global, args, mode, cgroup.as_deref(), &metrics);
+    let health = servers::health(args, statuses().collect(), self_test);
+    let metering = servers::metrics(global, args, cgroup.as_deref(), &metrics);
 
     let result = tokio::select! {
         () = follow(received, &feeds) => Err(Error::Ended("sources")),
-        () = until_gone(layer.status()) => Err(Error::Ended("layer")),
+        () = until_one_is_gone(statuses().collect()) => Err(Error::Ended("layer")),
         () = count_broken(broken, &metrics) => Err(Error::Ended("manifest source")),
-        () = after_the_first_sync(layer.status(), cgroup, tested, beside) => Err(Error::Ended("self-test")),
+        () = after_the_first_syncs(statuses().collect(), cgroup.as_deref(), tested, former) => Err(Error::Ended("self-test")),
         () = health => Err(Error::Ended("healthz server")),
         () = metering => Err(Error::Ended("metrics server")),
         () = until_ended(reaper_ended) => Err(Error::Reaper),
@@ -185,45 +185,44 @@ async fn serve(
         _ = interrupt.recv() => Ok("SIGINT"),
     };
     feeds.stop();
-    layer.join();
+    for layer in layers {
+        layer.join();
+    }
     tracing::info!(signal = result?, "stopped; the kernel goes on serving");
     Ok(())
 }
 
-/// The layer at work, and what belongs to it.
+/// The layers at work, and what belongs to them.
 struct Serving {
-    layer: LayerThread,
-    mode: servers::Mode,
-    /// Whose sockets it serves.
-    cgroup: Option<PathBuf>,
+    layers: Vec<LayerThread>,
+    /// With a socket layer: whose sockets it serves, and the end of the reaper.
+    sockets: Option<(PathBuf, oneshot::Receiver<std::io::Result<ExitStatus>>)>,
     /// What a former mode left in the kernel: taken away after the first sync.
-    beside: Former,
-    reaper_ended: Option<oneshot::Receiver<std::io::Result<ExitStatus>>>,
+    former: Option<Left>,
 }
 
 impl Serving {
     fn start(
         global: &Global,
         args: &Run,
-        (opened, reason): (Opened, String),
+        Opened { layers, reason }: Opened,
         reaper: Option<Reaper>,
         feeds: &mut Feeds,
         metrics: &Arc<Metrics>,
     ) -> Result<Self, Error> {
-        match opened {
-            Opened::Packets(host, left) => {
+        match layers {
+            Layers::Packets(host, former) => {
                 let feed = feeds.add(metrics.layer("packet").changes_pending);
-                let layer = packet::start(host, &args.packet, feed, metrics)?;
-                servers::tell_mode(servers::Mode::Iptables, reason, metrics);
+                let place = packet::Place::Alone;
+                let layer = packet::start(host, &args.packet, place, feed, metrics)?;
+                servers::tell_mode("off", "iptables", reason, metrics);
                 Ok(Self {
-                    layer,
-                    mode: servers::Mode::Iptables,
-                    cgroup: None,
-                    beside: Former::Hooks(left),
-                    reaper_ended: None,
+                    layers: vec![layer],
+                    sockets: None,
+                    former,
                 })
             }
-            Opened::Sockets(store) => {
+            Layers::Sockets(store, host) => {
                 if args.log_programs {
                     programs_log::start(global.bpf_dir.join("links")).map_err(start("a thread"))?;
                 }
@@ -232,13 +231,23 @@ impl Serving {
                 let reaper = reaper.ok_or(Error::Reaper)?;
                 let (requests, ended) = reaper.split().map_err(start("the reaper"))?;
                 let feed = feeds.add(metrics.layer("socket").changes_pending);
-                let layer = socket::start(*store, feed, requests, exclusions, reason, metrics);
+                let packets = host.map(|host| {
+                    let feed = feeds.add(metrics.layer("packet").changes_pending);
+                    let place = packet::Place::BesideSockets;
+                    packet::start(host, &args.packet, place, feed, metrics)
+                });
+                let packets = packets.transpose()?;
+                let terms = socket::Terms {
+                    reason,
+                    lease: args.socket_lease,
+                    packets: packets.as_ref().map(LayerThread::status),
+                };
+                let layer = socket::start(*store, feed, requests, exclusions, terms, metrics);
+                let layer = layer.map_err(start("the socket layer"))?;
                 Ok(Self {
-                    layer: layer.map_err(start("the socket layer"))?,
-                    mode: servers::Mode::Ebpf,
-                    cgroup: Some(cgroup),
-                    beside: Former::Rules,
-                    reaper_ended: Some(ended),
+                    layers: [Some(layer), packets].into_iter().flatten().collect(),
+                    sockets: Some((cgroup, ended)),
+                    former: None,
                 })
             }
         }
@@ -252,8 +261,12 @@ async fn follow(mut updates: mpsc::Receiver<Update>, feeds: &Feeds) {
     }
 }
 
-async fn until_gone(mut status: watch::Receiver<SyncStatus>) {
-    while status.changed().await.is_ok() {}
+async fn until_one_is_gone(statuses: Vec<watch::Receiver<SyncStatus>>) {
+    let mut tasks = tokio::task::JoinSet::new();
+    for mut status in statuses {
+        tasks.spawn(async move { while status.changed().await.is_ok() {} });
+    }
+    tasks.join_next().await;
 }
 
 async fn until_ended(reaper: Option<oneshot::Receiver<std::io::Result<ExitStatus>>>) {
@@ -284,23 +297,32 @@ async fn count_broken(mut broken: watch::Receiver<Vec<sources::Problem>>, metric
     }
 }
 
-/// Once the layer serves everything: what a former mode left goes, and the hooks prove that they translate.
-async fn after_the_first_sync(
-    mut status: watch::Receiver<SyncStatus>,
-    cgroup: Option<PathBuf>,
+/// Once every layer serves everything: what a former mode left goes, and the hooks prove that they translate.
+async fn after_the_first_syncs(
+    statuses: Vec<watch::Receiver<SyncStatus>>,
+    cgroup: Option<&Path>,
     tested: watch::Sender<SelfTest>,
-    former: Former,
+    former: Option<Left>,
 ) {
-    if status.wait_for(|status| status.is_synced).await.is_ok() {
-        let leave = tokio::task::spawn_blocking(move || former.leave());
-        if let Some(cgroup) = cgroup {
-            test_hooks(&cgroup, &tested).await;
+    for mut status in statuses {
+        if status.wait_for(|status| status.is_synced).await.is_err() {
+            // Its end is reported by who waits for it.
+            std::future::pending().await
         }
-        // One that panicked has said so.
-        let _ = leave.await;
-        tracing::info!("ready");
-        tested.send_replace(SelfTest::Passed);
     }
+    if let Some(former) = former
+        && let Err(error) = former.stop_translating()
+    {
+        tracing::error!(
+            error = format!("{error:#}"),
+            "what the former mode left in the kernel stays; `cleanup` removes it"
+        );
+    }
+    if let Some(cgroup) = cgroup {
+        test_hooks(cgroup, &tested).await;
+    }
+    tracing::info!("ready");
+    tested.send_replace(SelfTest::Passed);
     std::future::pending().await
 }
 

@@ -10,7 +10,7 @@ use crate::{
         ebpf::{kernel, links::Hook, probe::probe, view::PinnedMaps},
         iptables::{
             self,
-            host::{self, Host},
+            host::{self, Host, Owner},
         },
     },
     cli, daemon,
@@ -184,11 +184,11 @@ pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
 /// An agent runs, or the kernel refuses.
 pub fn cleanup(global: &cli::Global) -> Result<ExitCode, Error> {
     kernel::cleanup(&global.bpf_dir)?;
-    match Host::find() {
+    match Host::find(Owner::take()?) {
         Ok(host) => drop(iptables::remove_own(host)?),
         // Without the tools nobody can have made rules.
         Err(backends::Error::Unusable(_)) => {}
-        Err(held) => return Err(held.into()),
+        Err(error) => return Err(error.into()),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -41,8 +41,8 @@ pub enum SelfTest {
 /// What health is judged by.
 #[derive(Clone, Debug)]
 pub struct Health {
-    /// The layer's loop.
-    pub status: watch::Receiver<SyncStatus>,
+    /// The loops of the layers.
+    pub layers: Vec<watch::Receiver<SyncStatus>>,
     /// Self-test of the socket layer; passed where there is none.
     pub self_test: watch::Receiver<SelfTest>,
     /// Start of the agent.
@@ -52,13 +52,16 @@ pub struct Health {
 impl Health {
     /// Why this node should not get traffic yet; none when ready.
     pub fn unready(&self) -> Option<String> {
-        let status = self.status.borrow();
-        if !status.is_synced {
-            let why = status.last_error.as_deref();
-            return Some(format!(
-                "no complete sync yet: {}",
-                why.unwrap_or("waiting for the sources")
-            ));
+        for layer in &self.layers {
+            let status = layer.borrow();
+            if !status.is_synced {
+                let why = status.last_error.as_deref();
+                return Some(format!(
+                    "the {} layer has had no complete sync yet: {}",
+                    status.layer,
+                    why.unwrap_or("waiting for the sources")
+                ));
+            }
         }
         match &*self.self_test.borrow() {
             SelfTest::Passed => None,
@@ -69,11 +72,17 @@ impl Health {
 
     /// Why the agent should be restarted; none when it is alive.
     pub fn stuck(&self, now: Instant) -> Option<String> {
-        let status = self.status.borrow();
-        let error = status.last_error.as_deref()?;
-        let since = status.last_success.unwrap_or(self.started);
-        let age = now.saturating_duration_since(since);
-        (age > STUCK_AFTER).then(|| format!("no sync for {} s: {error}", age.as_secs()))
+        self.layers.iter().find_map(|layer| {
+            let status = layer.borrow();
+            let error = status.last_error.as_deref()?;
+            let since = status.last_success.unwrap_or(self.started);
+            let age = now.saturating_duration_since(since).as_secs();
+            let is_stuck = age > STUCK_AFTER.as_secs();
+            is_stuck.then(|| {
+                let layer = status.layer;
+                format!("no sync of the {layer} layer for {age} s: {error}")
+            })
+        })
     }
 }
 
@@ -174,41 +183,57 @@ pub async fn serve(name: &'static str, address: SocketAddr, router: Router) {
 mod tests {
     use super::*;
 
-    fn health(status: SyncStatus, self_test: SelfTest, started: Instant) -> Health {
-        let (_, status) = watch::channel(status);
+    /// A node with a healthy socket layer, and a packet layer that is doing like this.
+    fn health(packets: SyncStatus, self_test: SelfTest, started: Instant) -> Health {
+        let sockets = SyncStatus {
+            layer: "socket",
+            ..synced()
+        };
         let (_, self_test) = watch::channel(self_test);
         Health {
-            status,
+            layers: [sockets, packets]
+                .map(|status| watch::channel(status).1)
+                .into(),
             self_test,
             started,
         }
     }
 
-    #[test]
-    fn a_node_is_ready_after_its_first_complete_sync_and_a_passed_self_test() {
-        let now = Instant::now();
-        let synced = SyncStatus {
-            is_synced: true,
+    fn starting() -> SyncStatus {
+        SyncStatus {
+            layer: "packet",
             ..SyncStatus::default()
-        };
+        }
+    }
+
+    fn synced() -> SyncStatus {
+        SyncStatus {
+            is_synced: true,
+            ..starting()
+        }
+    }
+
+    #[test]
+    fn a_node_is_ready_when_every_layer_has_synced_and_the_self_test_passed() {
+        let now = Instant::now();
         let failed = SelfTest::Failed("not translated".to_owned());
         for (status, test, expected) in [
             (
-                SyncStatus::default(),
+                starting(),
                 SelfTest::Passed,
-                Some("no complete sync yet: waiting for the sources"),
+                Some("the packet layer has had no complete sync yet: waiting for the sources"),
             ),
             (
-                synced.clone(),
+                synced(),
                 SelfTest::Pending,
                 Some("the self-test has not run yet"),
             ),
             (
-                synced.clone(),
+                synced(),
                 failed,
                 Some("the self-test failed: not translated"),
             ),
-            (synced, SelfTest::Passed, None),
+            (synced(), SelfTest::Passed, None),
         ] {
             assert_eq!(health(status, test, now).unready().as_deref(), expected);
         }
@@ -220,16 +245,16 @@ mod tests {
         let failing = |last_success| SyncStatus {
             last_error: Some("no memory".to_owned()),
             last_success,
-            ..SyncStatus::default()
+            ..starting()
         };
         let stuck = |status, started| health(status, SelfTest::Passed, started).stuck(now);
         let long_ago = now.checked_sub(Duration::from_secs(61)).unwrap();
-        assert_eq!(stuck(SyncStatus::default(), long_ago), None);
+        assert_eq!(stuck(starting(), long_ago), None);
         assert_eq!(stuck(failing(Some(now)), long_ago), None);
         assert_eq!(stuck(failing(None), now), None);
         assert_eq!(
             stuck(failing(None), long_ago).as_deref(),
-            Some("no sync for 61 s: no memory")
+            Some("no sync of the packet layer for 61 s: no memory")
         );
     }
 }

@@ -85,6 +85,8 @@ metrics! {
     problems: Gauge = Gauge::default() => "problems";
     /// Service ports whose rules iptables refuses
     left_out: Gauge = Gauge::default() => "left_out";
+    /// UDP flows that were forgotten because the endpoint that they led to no longer serves
+    conntrack_flows_deleted: Counter = Counter::default() => "conntrack_flows_deleted";
     /// Errors of the sources: files that cannot be read or understood, watches that broke
     source_errors: Counter = Counter::default() => "source_errors";
     /// Entries in use, by map
@@ -199,6 +201,7 @@ fn role(reason: Reason) -> Role {
         | Reason::SourceRanges
         | Reason::OnLocalLink
         | Reason::ForeignLoopback
+        | Reason::PodSocket
         | Reason::UdpConnectPassed
         | Reason::NoStorage
         | Reason::Contended

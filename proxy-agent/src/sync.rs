@@ -69,6 +69,8 @@ impl Compiled {
 /// How a layer is doing.
 #[derive(Clone, Debug, Default)]
 pub struct SyncStatus {
+    /// Which layer: "socket", "packet".
+    pub layer: &'static str,
     /// The kernel has held a complete desired state since the agent started.
     pub is_synced: bool,
     /// Why not, or what went wrong last; none after a success.
@@ -124,7 +126,10 @@ impl<B: Backend> Layer<B> {
             failures: 0,
             audit_at: now + AUDIT_EVERY,
             pace: Duration::ZERO,
-            status: watch::Sender::new(SyncStatus::default()),
+            status: watch::Sender::new(SyncStatus {
+                layer: name,
+                ..SyncStatus::default()
+            }),
             metrics,
         }
     }

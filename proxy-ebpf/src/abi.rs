@@ -378,6 +378,9 @@ pub mod meta_flags {
     pub const OPT_OUT: u32 = 2;
     /// Sockets still name members by indices that a repair could not keep: none is destroyed.
     pub const UNBOUND: u32 = 4;
+    /// Only the sockets of the node's own network namespace are served: the others are to be masqueraded, which a socket
+    /// cannot be.
+    pub const HOST_ONLY: u32 = 8;
 }
 
 plain! {

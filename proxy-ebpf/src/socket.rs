@@ -81,6 +81,9 @@ fn find(request: &Request, terms: &Terms) -> Result<Hit, Verdict> {
     let found = lb::find(&Maps, request);
     // Asked only where it makes a difference: most connections go to no Service.
     let concerned = !matches!(found, Err(Verdict::Pass(_)));
+    if concerned && terms.flags & meta_flags::HOST_ONLY != 0 && !request.on_host {
+        return Err(Verdict::Pass(Reason::PodSocket));
+    }
     if concerned && opted_out(terms) {
         return Err(Verdict::Pass(Reason::OptedOut));
     }

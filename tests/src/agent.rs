@@ -1,6 +1,7 @@
 //! The agent as a process on a node.
 
 use std::{
+    env,
     fs::{self, File},
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -39,6 +40,7 @@ pub struct Agent {
     args: Vec<String>,
     log: PathBuf,
     nice: i32,
+    path: Option<String>,
     child: Option<Child>,
 }
 
@@ -71,6 +73,7 @@ impl Agent {
             args,
             log: node.state_dir().join(format!("{}-agent.log", node.name())),
             nice: 0,
+            path: None,
             child: None,
         })
     }
@@ -98,6 +101,16 @@ impl Agent {
         binary.clone_into(&mut self.binary);
     }
 
+    /// From the next start on it finds the programs in this folder before those of the machine.
+    ///
+    /// # Errors
+    /// The path of this process is no text.
+    pub fn prefer(&mut self, folder: &Path) -> anyhow::Result<()> {
+        let path = env::var("PATH")?;
+        self.path = Some(format!("{}:{path}", folder.display()));
+        Ok(())
+    }
+
     /// Starts the process.
     ///
     /// # Errors
@@ -113,6 +126,9 @@ impl Agent {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
+        if let Some(path) = &self.path {
+            command.env("PATH", path);
+        }
         let child = command.spawn().context("cannot start the agent")?;
         ensure!(
             self.child.replace(child).is_none(),

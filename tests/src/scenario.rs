@@ -193,6 +193,17 @@ impl Scenario {
         self.marker.settle(&self.agent, &self.manifests)
     }
 
+    /// As [`Scenario::settle`]; the rules of the packet layer, too.
+    ///
+    /// # Errors
+    /// It did not get there.
+    pub fn settle_packets(&self) -> anyhow::Result<()> {
+        self.settle()?;
+        let pending = "proxy_agent_changes_pending";
+        self.agent
+            .wait_metric(pending, "", |pending| pending == 0.0)
+    }
+
     /// `dump services`.
     ///
     /// # Errors

@@ -7,7 +7,7 @@
 //! this node.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     thread,
@@ -16,7 +16,7 @@ use std::{
 
 use crate::{
     backends::{Error, own_addresses},
-    state::{DesiredState, Family, Protocol, ServicePort, ServiceState},
+    state::{DesiredState, Family, Protocol, ServiceName, ServicePort, ServiceState},
 };
 
 mod answers;
@@ -64,7 +64,14 @@ fn failed(cause: io::Error) -> Error {
 
 /// Cleans on a thread of its own, so that nobody waits for it.
 #[derive(Debug)]
-pub struct Cleaner(Sender<Changed>);
+pub struct Cleaner {
+    /// Takes what has changed.
+    thread: Sender<Changed>,
+    /// UDP service ports as they were noted last, without backends.
+    known: Changed,
+    /// Noted since the flows were looked at.
+    waiting: Changed,
+}
 
 /// UDP service ports as they are now.
 type Changed = BTreeMap<ServicePort, ServiceState>;
@@ -80,21 +87,44 @@ impl Cleaner {
         thread::Builder::new()
             .name("conntrack".to_owned())
             .spawn(work)?;
-        Ok(Self(sender))
+        Ok(Self {
+            thread: sender,
+            known: Changed::new(),
+            waiting: Changed::new(),
+        })
     }
 
-    /// Has the flows of the UDP Services in `state` looked at. Call it once new flows go where `state` says. A Service that
-    /// is gone is one without backends.
-    pub fn clean(&self, state: &DesiredState) {
-        let services = state.services.iter();
-        let udp = services.filter(|(port, _)| port.protocol == Protocol::Udp);
-        let changed: Changed = udp
-            .map(|(port, service)| (port.clone(), service.clone()))
-            .collect();
-        if !changed.is_empty() {
-            // The thread ends after this sender.
-            let _ = self.0.send(changed);
+    /// Takes in what will be served: all of it, or what is about `services`.
+    pub fn note(&mut self, services: Option<&BTreeSet<ServiceName>>, state: &DesiredState) {
+        let is_meant = |port: &ServicePort| services.is_none_or(|of| of.contains(&port.service));
+        let is_gone = |port: &ServicePort| is_meant(port) && !state.services.contains_key(port);
+        // Nobody serves their addresses now.
+        let gone = self.known.extract_if(.., |port, _| is_gone(port));
+        self.waiting.extend(gone);
+        let udp = state.services.iter();
+        let udp = udp.filter(|(port, _)| port.protocol == Protocol::Udp && is_meant(port));
+        for (port, service) in udp {
+            self.known.insert(port.clone(), without_backends(service));
+            self.waiting.insert(port.clone(), service.clone());
         }
+    }
+
+    /// Has the flows of what was noted looked at. Call it once new flows go where that says.
+    pub fn clean(&mut self) {
+        if !self.waiting.is_empty() {
+            // The thread ends after this sender.
+            let _ = self.thread.send(std::mem::take(&mut self.waiting));
+        }
+    }
+}
+
+fn without_backends(service: &ServiceState) -> ServiceState {
+    ServiceState {
+        key: service.key.clone(),
+        frontends: service.frontends.clone(),
+        backends: Vec::new(),
+        source_ranges: Vec::new(),
+        ..*service
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Feed {
     model: Arc<Mutex<Model>>,
     /// The changes that wait for the layer.
     pub inbox: Arc<Inbox>,
+    /// The first layer tells what cannot be carried out: the others compile the same.
+    tells: bool,
 }
 
 impl Feeds {
@@ -37,11 +39,13 @@ impl Feeds {
 
     /// One more layer; `pending` follows the number of changes that wait for it.
     pub fn add(&mut self, pending: Gauge) -> Feed {
+        let tells = self.inboxes.is_empty();
         let inbox = Arc::new(Inbox::new(pending));
         self.inboxes.push(Arc::clone(&inbox));
         Feed {
             model: Arc::clone(&self.model),
             inbox,
+            tells,
         }
     }
 
@@ -74,14 +78,18 @@ impl Feeds {
 }
 
 impl Feed {
-    /// Compiles `scope`; also gives the problems that were not there before.
-    pub fn compile(&self, compiler: &mut Compiler, scope: &Scope) -> (Compiled, Vec<Problem>) {
-        Compiled::of(compiler, &lock(&self.model), scope)
+    /// Compiles `scope`, and tells what of it cannot be carried out.
+    pub fn compile(&self, compiler: &mut Compiler, scope: &Scope, metrics: &Metrics) -> Compiled {
+        let (compiled, problems) = Compiled::of(compiler, &lock(&self.model), scope);
+        if self.tells {
+            tell(&problems, compiler, metrics);
+        }
+        compiled
     }
 }
 
 /// Logs problems that have come up, and says how many there are.
-pub fn tell(new: &[Problem], compiler: &Compiler, metrics: &Metrics) {
+fn tell(new: &[Problem], compiler: &Compiler, metrics: &Metrics) {
     for problem in new {
         tracing::warn!(service = %problem.service(), error = %problem, "not carried out");
     }

@@ -1,4 +1,4 @@
-//! Which layer serves this node: what was asked for, as far as the node can do it.
+//! Which layers serve this node: what was asked for, as far as the node can do it.
 
 use std::path::Path;
 
@@ -7,85 +7,124 @@ use crate::{
     backends::{
         self,
         ebpf::{
-            kernel::{KernelStore, Left, OpenOptions},
+            kernel::{KernelStore, Lease, Left, OpenOptions},
             probe::probe,
         },
-        iptables::host::Host,
+        iptables::host::{Host, Owner},
     },
     cli::{Global, Mode, Run},
     model::NodeName,
 };
 
-/// What was opened.
-pub enum Opened {
-    /// The kernel's maps.
-    Sockets(Box<KernelStore>),
+/// What was opened, and why this and nothing better.
+pub struct Opened {
+    /// What the layers work on.
+    pub layers: Layers,
+    /// For the log and the metric.
+    pub reason: String,
+}
+
+/// What the layers work on.
+pub enum Layers {
+    /// The kernel's maps; and the tools for rules, where they can be had.
+    Sockets(Box<KernelStore>, Option<Host>),
     /// The tools for rules, and the hooks that a former mode left.
     Packets(Host, Option<Left>),
 }
 
-/// Opens what `--mode` asks for, and in mode auto the best that this node can do. Says why.
+/// Opens what `--mode` asks for, and in mode auto the best that this node can do.
 ///
 /// # Errors
-/// It cannot be had; in mode auto nothing can.
-pub fn open(global: &Global, args: &Run, here: &NodeName) -> Result<(Opened, String), Error> {
+/// It cannot be had; in mode auto nothing can. Another agent serves this node.
+pub fn open(global: &Global, args: &Run, here: &NodeName) -> Result<Opened, Error> {
+    // Before anything is read or changed: one agent for each node.
+    let owner = Owner::take()?;
     match args.mode {
-        Mode::Iptables => packets(global, "asked for".to_owned()),
-        Mode::Ebpf => sockets(global, args, here, "asked for"),
-        Mode::Auto => {
-            let best = "this kernel has what the socket layer needs";
-            match sockets(global, args, here, best) {
-                Err(Error::Unfit(lacks)) => {
-                    tracing::warn!(lacks, "no socket layer: iptables serves this node");
-                    packets(global, format!("no socket layer: {lacks}"))
-                }
-                opened => opened,
+        Mode::Iptables => packets(global, owner, "asked for".to_owned()),
+        Mode::Ebpf => match sockets(global, args, here)? {
+            Ok(store) => Ok(beside(store, owner, "asked for")),
+            Err(lacks) => Err(Error::Unfit(lacks)),
+        },
+        Mode::Auto => match sockets(global, args, here)? {
+            Ok(store) => {
+                let best = "this kernel has what the socket layer needs";
+                Ok(beside(store, owner, best))
             }
-        }
+            Err(lacks) => {
+                tracing::warn!(lacks, "no socket layer: iptables serves this node");
+                packets(global, owner, format!("no socket layer: {lacks}"))
+            }
+        },
     }
 }
 
-fn packets(global: &Global, reason: String) -> Result<(Opened, String), Error> {
-    let host = Host::open().map_err(|packet| Error::NoPackets {
+fn packets(global: &Global, owner: Owner, reason: String) -> Result<Opened, Error> {
+    let host = Host::open(owner).map_err(|packet| Error::NoPackets {
         packet,
         reason: reason.clone(),
     })?;
     let left = Left::find(&global.bpf_dir)?;
-    Ok((Opened::Packets(host, left), reason))
+    let layers = Layers::Packets(host, left);
+    Ok(Opened { layers, reason })
+}
+
+/// The packet layer beside the socket layer. Without its tools the connections of this node are served all the same.
+fn beside(mut store: KernelStore, owner: Owner, reason: &str) -> Opened {
+    let (host, reason) = match Host::open(owner) {
+        Ok(host) => (Some(host), reason.to_owned()),
+        Err(error) => {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "no packet layer: what arrives from outside this node is not served"
+            );
+            // Nothing is there that could take over.
+            store.set_lease(Lease::Never);
+            (None, format!("{reason}; no packet layer: {error}"))
+        }
+    };
+    Opened {
+        layers: Layers::Sockets(Box::new(store), host),
+        reason,
+    }
 }
 
 /// Opens the kernel's maps, or says all that this node lacks for them.
+///
+/// # Errors
+/// It lacks nothing, and they cannot be opened all the same.
 fn sockets(
     global: &Global,
     args: &Run,
     here: &NodeName,
-    reason: &str,
-) -> Result<(Opened, String), Error> {
-    let unfit = |error: backends::Error, cgroup: Option<&Path>| {
-        let missing = probe(&global.bpf_dir, cgroup).missing.into_iter();
-        let required: Vec<String> = missing
-            .filter(|missing| missing.is_required)
-            .map(|missing| missing.text)
-            .collect();
-        if required.is_empty() {
-            Error::Backend(error)
-        } else {
-            Error::Unfit(required.join("; "))
-        }
-    };
+) -> Result<Result<KernelStore, String>, Error> {
     let cgroup = match cgroup(global) {
         Ok(cgroup) => cgroup,
-        Err(Error::Backend(error)) => return Err(unfit(error, None)),
+        Err(Error::Backend(error)) => return lacks(global, error, None).map(Err),
         Err(error) => return Err(error),
     };
     let options = OpenOptions {
         bpf_dir: global.bpf_dir.clone(),
         cgroup: Some(cgroup.clone()),
         node_name: here.to_string(),
-        // Armed only while a packet layer serves the node beside this one, which would take over: there is none yet.
-        lease: None,
+        lease: Lease::AsFound,
+        host_only: args.packet.masquerade_all,
         log: args.log_programs,
     };
-    let store = KernelStore::open(options).map_err(|error| unfit(error, Some(&cgroup)))?;
-    Ok((Opened::Sockets(Box::new(store)), reason.to_owned()))
+    match KernelStore::open(options) {
+        Ok(store) => Ok(Ok(store)),
+        Err(error) => lacks(global, error, Some(&cgroup)).map(Err),
+    }
+}
+
+/// What this node lacks, if that explains `error`.
+fn lacks(global: &Global, error: backends::Error, cgroup: Option<&Path>) -> Result<String, Error> {
+    let missing = probe(&global.bpf_dir, cgroup).missing.into_iter();
+    let required: Vec<String> = missing
+        .filter(|missing| missing.is_required)
+        .map(|missing| missing.text)
+        .collect();
+    match required.is_empty() {
+        true => Err(Error::Backend(error)),
+        false => Ok(required.join("; ")),
+    }
 }

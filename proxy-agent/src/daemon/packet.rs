@@ -1,14 +1,11 @@
 //! The thread on which the packet layer lives: rules of iptables, at the pace of its tools.
 
-use std::{collections::BTreeMap, fs, net::IpAddr, sync::Arc, time::Instant};
+use std::{cell::RefCell, collections::BTreeMap, fs, io, net::IpAddr, sync::Arc, time::Instant};
 
-use super::{
-    Error,
-    feed::{Feed, tell},
-    layer::LayerThread,
-};
+use super::{Error, feed::Feed, layer::LayerThread};
 use crate::{
     backends::{
+        conntrack::Cleaner,
         iptables::{
             IptablesBackend,
             host::Host,
@@ -24,6 +21,15 @@ use crate::{
     sync::{Layer, Scope},
 };
 
+/// What serves the node beside this layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Nothing: this layer serves everything.
+    Alone,
+    /// The socket layer, which serves the node's own node ports on loopback without `route_localnet`.
+    BesideSockets,
+}
+
 /// Starts the thread.
 ///
 /// # Errors
@@ -31,38 +37,69 @@ use crate::{
 pub fn start(
     host: Host,
     args: &Packet,
+    place: Place,
     feed: Feed,
     metrics: &Arc<Metrics>,
 ) -> Result<LayerThread, Error> {
-    let rules = rules(args, &host)?;
+    let rules = rules(args, place, &host)?;
     tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
     let is_nft = host.variant().is_nft();
     let backend = IptablesBackend::new(Watched::new(host, is_nft), rules);
     let layer = Layer::new("packet", backend, metrics.layer("packet"), Instant::now())
         .with_pace(args.iptables_min_sync_period);
     let status = layer.status();
+    let flows = RefCell::new(cleaner(metrics).map_err(super::start("the conntrack clean-up"))?);
     let metrics = Arc::clone(metrics);
     let work = move || {
         let mut compiler = Compiler::default();
         let compile = |scope: &Scope| {
-            let (compiled, problems) = feed.compile(&mut compiler, scope);
-            tell(&problems, &compiler, &metrics);
+            let compiled = feed.compile(&mut compiler, scope, &metrics);
+            let services = match &compiled.scope {
+                Scope::All => None,
+                Scope::Part(dirty) => Some(&dirty.services),
+            };
+            flows.borrow_mut().note(services, &compiled.state);
             compiled
         };
         let mut told = LeftOut::default();
-        layer.run(&feed.inbox, compile, |backend, _| {
+        layer.run(&feed.inbox, compile, |backend, status| {
             told.tell(backend.left_out(), &metrics);
+            if status.last_error.is_none() {
+                flows.borrow_mut().clean();
+            }
             backend.tables_mut().has_changed()
         });
     };
     LayerThread::start("packet-layer", status, work).map_err(super::start("the packet layer"))
 }
 
+/// Forgets the UDP flows of endpoints that no longer serve, and counts them.
+fn cleaner(metrics: &Metrics) -> io::Result<Cleaner> {
+    let deleted = metrics.conntrack_flows_deleted.clone();
+    Cleaner::start(move |cleaned| match cleaned {
+        Ok(cleaned) => {
+            deleted.inc_by(cleaned.deleted);
+            if cleaned.kept > 0 {
+                tracing::warn!(
+                    flows = cleaned.kept,
+                    "stale UDP flows stay until their clients pause: a network card forwards them"
+                );
+            }
+        }
+        Err(error) => {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot clean up UDP flows; trying again"
+            );
+        }
+    })
+}
+
 /// The rules that the flags ask for.
 ///
 /// # Errors
 /// A flag that another one needs is missing.
-fn rules(args: &Packet, host: &Host) -> Result<Rules, Error> {
+fn rules(args: &Packet, place: Place, host: &Host) -> Result<Rules, Error> {
     let needs = |flag| Error::Flag {
         flag,
         mode: args.detect_local_mode,
@@ -91,7 +128,9 @@ fn rules(args: &Packet, host: &Host) -> Result<Rules, Error> {
         masquerade_all: args.masquerade_all,
         local_pods,
         node_ports: NodePorts::All,
-        localhost_node_ports: args.iptables_localhost_nodeports && route_localnet(),
+        localhost_node_ports: place == Place::Alone
+            && args.iptables_localhost_nodeports
+            && route_localnet(),
         node_addresses: node_addresses(),
         conntrack_liberal: is_set(BE_LIBERAL),
         features: host.features(),

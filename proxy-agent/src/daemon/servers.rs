@@ -20,12 +20,12 @@ use crate::{
 /// Serves `/readyz`, `/livez` and `/healthz`.
 pub fn health(
     args: &Run,
-    status: watch::Receiver<SyncStatus>,
+    layers: Vec<watch::Receiver<SyncStatus>>,
     self_test: watch::Receiver<SelfTest>,
 ) -> impl Future<Output = ()> + use<> {
     let started = Instant::now();
     let router = health::health_router(Health {
-        status,
+        layers,
         self_test,
         started,
     });
@@ -36,44 +36,21 @@ pub fn health(
 pub fn metrics(
     global: &Global,
     args: &Run,
-    mode: Mode,
     cgroup: Option<&Path>,
     metrics: &Arc<Metrics>,
 ) -> impl Future<Output = ()> + use<> {
     let router = health::metrics_router(Metering {
         metrics: Arc::clone(metrics),
         kernel: kernel_counters(global.bpf_dir.clone()),
-        mode: mode.name(),
+        // "ebpf" is a word that kube-proxy's own tests do not take for one of its modes.
+        mode: cgroup.map_or("iptables", |_| "ebpf"),
         config: Arc::new(config(global, args, cgroup)),
     });
     health::serve("metrics", args.metrics_bind_address, router)
 }
 
-/// Which layer serves this node; both at once come next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// The socket layer.
-    Ebpf,
-    /// The packet layer.
-    Iptables,
-}
-
-impl Mode {
-    /// Answer of `/proxyMode`. "ebpf" is a word that kube-proxy's own tests do not take for one of its modes.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Ebpf => "ebpf",
-            Self::Iptables => "iptables",
-        }
-    }
-}
-
-/// Says which layers serve this node, and why.
-pub fn tell_mode(mode: Mode, reason: String, metrics: &Metrics) {
-    let (socket, packet) = match mode {
-        Mode::Ebpf => (mode.name(), "off"),
-        Mode::Iptables => ("off", mode.name()),
-    };
+/// Says which layers serve this node, and why: each by its implementation, or "off".
+pub fn tell_mode(socket: &'static str, packet: &'static str, reason: String, metrics: &Metrics) {
     tracing::info!(socket, packet, reason, "mode");
     let labels = ModeLabels {
         socket,

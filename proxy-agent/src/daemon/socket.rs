@@ -4,19 +4,16 @@ use std::{
     collections::BTreeSet,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use super::{
-    exclude::Exclusions,
-    feed::{Feed, tell},
-    layer::LayerThread,
-    reaper, self_test, servers,
-};
+use tokio::sync::watch;
+
+use super::{exclude::Exclusions, feed::Feed, layer::LayerThread, reaper, self_test, servers};
 use crate::{
     backends::ebpf::{
         EbpfBackend,
-        kernel::{KernelStore, bind::Bound},
+        kernel::{KernelStore, Lease, bind::Bound},
         load::LeftOut,
     },
     compile::Compiler,
@@ -24,7 +21,18 @@ use crate::{
     sync::{Layer, Scope, SyncStatus},
 };
 
-/// Starts the thread. `reaper` is asked when UDP backends are gone; `reason` says why there is a socket layer.
+/// How this layer stands to the other one.
+#[derive(Debug)]
+pub struct Terms {
+    /// Why these layers and nothing better.
+    pub reason: String,
+    /// Without an agent for this long, the packet layer gets everything.
+    pub lease: Duration,
+    /// How the packet layer is doing; none where there is none.
+    pub packets: Option<watch::Receiver<SyncStatus>>,
+}
+
+/// Starts the thread. `reaper` is asked when UDP backends are gone.
 ///
 /// # Errors
 /// No thread or no inotify instance to be had.
@@ -33,7 +41,7 @@ pub fn start(
     feed: Feed,
     reaper: reaper::Requests,
     exclusions: Exclusions,
-    reason: String,
+    terms: Terms,
     metrics: &Arc<Metrics>,
 ) -> io::Result<LayerThread> {
     let backend = EbpfBackend::new(store);
@@ -44,7 +52,8 @@ pub fn start(
     let mut tending = Tending {
         reaper,
         excluded: Arc::clone(&excluded),
-        reason,
+        terms,
+        is_armed: false,
         has_told: false,
         metrics: Arc::clone(metrics),
     };
@@ -67,8 +76,7 @@ fn work(
 ) {
     let mut compiler = Compiler::default();
     let compile = |scope: &Scope| {
-        let (mut compiled, problems) = feed.compile(&mut compiler, scope);
-        tell(&problems, &compiler, metrics);
+        let mut compiled = feed.compile(&mut compiler, scope, metrics);
         if scope == &Scope::All {
             self_test::add_canary(&mut compiled.state);
         }
@@ -90,8 +98,9 @@ struct Tending {
     reaper: reaper::Requests,
     /// Cgroups to leave alone, when they have changed.
     excluded: Arc<Mutex<Option<BTreeSet<u64>>>>,
-    /// Why this mode and nothing better.
-    reason: String,
+    terms: Terms,
+    /// The lease is the one of `terms`.
+    is_armed: bool,
     /// The mode has been told.
     has_told: bool,
     metrics: Arc<Metrics>,
@@ -112,8 +121,17 @@ impl Tending {
         }
     }
 
+    /// The lease, once the packet layer serves everything that it would take over.
+    fn arm(&mut self, store: &mut KernelStore) {
+        let packets = self.terms.packets.as_ref();
+        if !self.is_armed && packets.is_some_and(|status| status.borrow().is_synced) {
+            store.set_lease(Lease::After(self.terms.lease));
+            self.is_armed = true;
+        }
+    }
+
     fn tell_mode(&self, left_out: &[LeftOut]) {
-        let mut reason = self.reason.clone();
+        let mut reason = self.terms.reason.clone();
         for LeftOut {
             program,
             reason: why,
@@ -123,7 +141,11 @@ impl Tending {
             reason.push_str("; without ");
             reason.push_str(program);
         }
-        servers::tell_mode(servers::Mode::Ebpf, reason, &self.metrics);
+        let packet = match self.terms.packets {
+            Some(_) => "iptables",
+            None => "off",
+        };
+        servers::tell_mode("ebpf", packet, reason, &self.metrics);
     }
 
     fn tend(&mut self, backend: &mut EbpfBackend<KernelStore>, status: &SyncStatus) {
@@ -145,6 +167,7 @@ impl Tending {
             // The heartbeat vouches for a complete state, so it waits for the first one (docs/ARCHITECTURE.md).
             backend.store().heartbeat();
             self.bind(backend.store_mut());
+            self.arm(backend.store_mut());
             if !self.has_told {
                 self.has_told = true;
                 self.tell_mode(backend.store().left_out());

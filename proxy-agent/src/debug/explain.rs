@@ -311,7 +311,8 @@ fn sentence(reason: Reason) -> &'static str {
         | Reason::AffinityHit
         | Reason::EntryTaken
         | Reason::Closed
-        | Reason::CloseUntouched => reason.name(),
+        | Reason::CloseUntouched
+        | Reason::PodSocket => reason.name(),
     }
 }
 

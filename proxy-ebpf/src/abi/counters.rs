@@ -70,11 +70,13 @@ pub enum Reason {
     Closed = 23,
     /// A socket without an entry of CONNECTIONS closed.
     CloseUntouched = 24,
+    /// A pod's socket, where only the node's own are served.
+    PodSocket = 25,
 }
 
 impl Reason {
     /// All of them, by index.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::Connected,
         Self::Sent,
         Self::ReplyTranslated,
@@ -100,6 +102,7 @@ impl Reason {
         Self::EntryTaken,
         Self::Closed,
         Self::CloseUntouched,
+        Self::PodSocket,
     ];
 
     /// The name used in metrics and dumps.
@@ -130,6 +133,7 @@ impl Reason {
             Self::EntryTaken => "entry_taken",
             Self::Closed => "closed",
             Self::CloseUntouched => "close_untouched",
+            Self::PodSocket => "pod_socket",
         }
     }
 }

@@ -12,7 +12,7 @@ use proxy_agent::{
         Backend as _, Bounds,
         ebpf::{
             EbpfBackend,
-            kernel::{KernelStore, OpenOptions},
+            kernel::{KernelStore, Lease, OpenOptions},
             view::PinnedMaps,
         },
     },
@@ -42,7 +42,8 @@ pub fn open(node: &Node) -> Result<EbpfBackend<KernelStore>> {
         bpf_dir: node.bpf_dir(),
         cgroup: Some(node.cgroup()),
         node_name: node.name().to_owned(),
-        lease: None,
+        lease: Lease::Never,
+        host_only: false,
         log: false,
     };
     Ok(EbpfBackend::new(

@@ -38,7 +38,7 @@ fn changed_endpoints_take_over() {
         s.apply(&web.endpoint(s.endpoint(&s.far)))?;
         reaches(&s.client.peer()?, s.vip(1), &["far"])?;
         s.manifests.remove("web")?;
-        s.settle()?;
+        s.settle_packets()?;
         passes(&s.client.peer()?, (s.vip(1), TCP).into())
     });
 }

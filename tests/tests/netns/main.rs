@@ -6,6 +6,7 @@ mod cluster_ip;
 mod external;
 mod files;
 mod guard;
+mod lease;
 mod node_port;
 mod opt_out;
 mod outputs;

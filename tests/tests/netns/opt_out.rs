@@ -5,9 +5,15 @@ use std::net::SocketAddr;
 use anyhow::ensure;
 use proxy_tests::{
     Peer,
-    scenario::{SOON, TCP, UDP, each_family, each_family_with, passes, reaches},
+    scenario::{SOON, Scenario, TCP, UDP, each_family, each_family_with, reaches},
     wait_for,
 };
+
+/// Sockets that the socket layer left alone so far.
+fn left_alone(s: &Scenario) -> anyhow::Result<f64> {
+    s.agent
+        .metric("proxy_agent_passed_total", "reason=\"opted_out\"")
+}
 
 #[test]
 #[ignore = "needs root and eBPF"]
@@ -17,9 +23,14 @@ fn an_excluded_cgroup_is_left_alone_and_the_others_are_not() {
         &["--socket-exclude-cgroup", "pod-cl*"],
         |s| {
             s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.far)))?;
-            passes(&s.client.peer()?, (s.vip(1), TCP).into())?;
+            s.settle_packets()?;
             reaches(&s.near.peer()?, s.vip(1), &["far"])?;
-            reaches(&s.a.peer()?, s.vip(1), &["far"])
+            reaches(&s.a.peer()?, s.vip(1), &["far"])?;
+            ensure!(left_alone(s)? == 0.0);
+            // Whoever handles its packets sees the ClusterIP; then they are the packet layer's.
+            reaches(&s.client.peer()?, s.vip(1), &["far"])?;
+            ensure!(left_alone(s)? >= 2.0);
+            Ok(())
         },
     );
 }
@@ -34,7 +45,9 @@ fn a_cgroup_that_comes_later_is_excluded_too() {
             s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.far)))?;
             let peer = Peer::start(&s.a.place_in("mesh/sidecar")?)?;
             wait_for("the new cgroup is excluded", SOON, || {
-                passes(&peer, (s.vip(1), TCP).into())
+                reaches(&peer, s.vip(1), &["far"])?;
+                ensure!(left_alone(s)? > 0.0);
+                Ok(())
             })?;
             reaches(&s.a.peer()?, s.vip(1), &["far"])
         },
@@ -51,6 +64,7 @@ fn a_cluster_ip_on_a_local_link_is_left_to_its_server() {
         s.a.peer()?.serve_tcp(tcp, "cache")?;
         s.a.peer()?.serve_udp(udp, "cache")?;
         s.apply(&s.service("dns", 1).endpoint(s.endpoint(&s.far)))?;
+        s.settle_packets()?;
         for client in [s.client.peer()?, s.a.peer()?] {
             reaches(&client, s.vip(1), &["cache"])?;
         }

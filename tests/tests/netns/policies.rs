@@ -94,6 +94,7 @@ fn services_of_another_proxy_and_headless_ones_are_left_alone() {
             s.apply(&web)?;
             reaches(&s.client.peer()?, s.vip(1), &["near"])?;
             s.apply(&web.label(label, "other"))?;
+            s.settle_packets()?;
             passes(&s.client.peer()?, (s.vip(1), TCP).into())?;
         }
         Ok(())

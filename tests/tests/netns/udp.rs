@@ -7,7 +7,10 @@ use std::{
 };
 
 use anyhow::ensure;
-use proxy_tests::scenario::{UDP, each_family, passes};
+use proxy_tests::{
+    scenario::{SOON, UDP, each_family, passes},
+    wait_for,
+};
 
 #[test]
 #[ignore = "needs root and eBPF"]
@@ -47,6 +50,40 @@ fn an_unconnected_socket_follows_a_replaced_endpoint() {
             assert_eq!(socket.ask_to(to)?, (name.to_owned(), to));
         }
         Ok(())
+    });
+}
+
+/// What the kernel translates packet by packet would lead there for as long as packets come.
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_client_outside_follows_a_replaced_endpoint() {
+    const NODE_PORT: u16 = 30_053;
+    each_family("udp-outside", |s| {
+        let outsider = s.topology.outsider()?.peer()?;
+        let dns = || {
+            proxy_tests::Service::new("dns", &[s.vip(1)])
+                .port("dns", "UDP", UDP, 5353)
+                .node_port(NODE_PORT)
+        };
+        let to = SocketAddr::from((s.a.address(s.v6), NODE_PORT));
+        let socket = outsider.open_udp_for(to)?;
+        for (pod, name) in [(&s.near, "near"), (&s.far, "far"), (&s.near, "near")] {
+            s.apply(&dns().endpoint(s.endpoint(pod)))?;
+            wait_for("the flow is forgotten", SOON, || {
+                let (answer, from) = socket.ask_to(to)?;
+                ensure!(from == to && answer == name, "{answer} from {from}");
+                Ok(())
+            })?;
+        }
+        s.manifests.remove("dns")?;
+        wait_for("the Service is gone", SOON, || {
+            ensure!(socket.ask_to(to).is_err());
+            Ok(())
+        })?;
+        s.agent
+            .wait_metric("proxy_agent_conntrack_flows_deleted_total", "", |deleted| {
+                deleted >= 3.0
+            })
     });
 }
 

@@ -430,6 +430,24 @@ fn an_excluded_cgroup_and_its_children_are_left_alone() -> anyhow::Result<()> {
 
 #[test]
 #[ignore = "needs CAP_BPF"]
+fn pods_are_left_alone_where_only_the_node_is_served() -> anyhow::Result<()> {
+    with_programs(|programs| {
+        serve(programs, 0, 1)?;
+        programs.set_meta(|meta| meta.flags |= meta_flags::HOST_ONLY);
+        udp_socket(WILDCARDS[0])?.connect(at(VIPS[0], 53))?;
+        assert_eq!(
+            programs.counted()?,
+            [(Reason::Connected, 1)],
+            "in the node's own network namespace"
+        );
+        programs.set_meta(|meta| meta.netns_cookie += 1);
+        assert_passes(programs, at(VIPS[0], 53), Reason::PodSocket)?;
+        assert_passes(programs, at("10.1.2.3", 53), Reason::NotAService)
+    })
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
 fn an_expired_lease_leaves_new_traffic_alone_and_still_undoes_old() -> anyhow::Result<()> {
     with_programs(|programs| {
         serve(programs, 0, 1)?;

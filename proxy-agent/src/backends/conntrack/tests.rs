@@ -182,7 +182,7 @@ fn a_client_that_keeps_its_port_reaches_the_new_endpoint() {
             run(command);
         }
         let (sender, cleaned) = mpsc::channel();
-        let cleaner = Cleaner::start(move |cleaned| sender.send(cleaned).unwrap()).unwrap();
+        let mut cleaner = Cleaner::start(move |cleaned| sender.send(cleaned).unwrap()).unwrap();
         for World {
             vip,
             old,
@@ -215,13 +215,20 @@ fn a_client_that_keeps_its_port_reaches_the_new_endpoint() {
             rule("-A", new);
             assert_eq!(ask(), "old", "the kernel goes on as it began");
             let service = udp_service("dns", &vip.to_string(), 30053, &[&new.to_string()]);
-            cleaner.clean(&DesiredState {
+            let name = BTreeSet::from([service.key.service.clone()]);
+            let state = DesiredState {
                 services: [(service.key.clone(), service)].into(),
                 ..DesiredState::default()
-            });
-            let cleaned = cleaned.recv_timeout(Duration::from_secs(10)).unwrap();
-            assert_eq!(cleaned.unwrap().deleted, 1);
+            };
+            let mut deleted = |state| {
+                cleaner.note(Some(&name), state);
+                cleaner.clean();
+                let cleaned = cleaned.recv_timeout(Duration::from_secs(10)).unwrap();
+                cleaned.unwrap().deleted
+            };
+            assert_eq!(deleted(&state), 1);
             assert_eq!(ask(), "new");
+            assert_eq!(deleted(&DesiredState::default()), 1, "the Service is gone");
         }
     });
 }

@@ -41,11 +41,23 @@ pub struct OpenOptions {
     pub cgroup: Option<PathBuf>,
     /// Name of this node, for META.
     pub node_name: String,
-    /// After how long without a heartbeat connect and sendmsg stop translating; `None` = never: no packet layer serves
-    /// the node.
-    pub lease: Option<Duration>,
+    /// After how long without a heartbeat connect and sendmsg stop translating.
+    pub lease: Lease,
+    /// Serves only the sockets of the node's own network namespace.
+    pub host_only: bool,
     /// Debug lines of the programs, through aya-log.
     pub log: bool,
+}
+
+/// After how long without a heartbeat connect and sendmsg leave everything to the packet layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lease {
+    /// As a former agent has written it; never, where there was none.
+    AsFound,
+    /// Never: no packet layer serves the node.
+    Never,
+    /// After this long.
+    After(Duration),
 }
 
 /// The kernel's maps and hooks. Holds the lock of its directory while it lives.
@@ -54,7 +66,8 @@ pub struct KernelStore {
     cgroup: Cgroup,
     constants: Constants,
     node_name: String,
-    lease: Option<Duration>,
+    lease: Lease,
+    host_only: bool,
     current: Option<Current>,
     /// Number of the newest generation that was ever made.
     newest: u64,
@@ -78,6 +91,7 @@ impl KernelStore {
             cgroup,
             node_name,
             lease,
+            host_only,
             log,
         } = options;
         probe::check_privileges()?;
@@ -96,6 +110,7 @@ impl KernelStore {
             constants,
             node_name,
             lease,
+            host_only,
             current: None,
             newest: 0,
             published: false,
@@ -119,6 +134,15 @@ impl KernelStore {
                 .tables
                 .meta
                 .store_word(0, offset, build::monotonic_ns());
+        }
+    }
+
+    /// Another lease than that which this store was opened with. The hooks go by it at once if they are in use.
+    pub fn set_lease(&mut self, lease: Lease) {
+        self.lease = lease;
+        if let (Some(current), Some(lease_ns)) = (&self.current, lease.ns()) {
+            let offset = std::mem::offset_of!(Meta, lease_ns);
+            current.tables.meta.store_word(0, offset, lease_ns);
         }
     }
 
@@ -163,6 +187,17 @@ impl KernelStore {
         &current
             .expect("capacity() is zero before the first reserve(): no index is valid")
             .tables
+    }
+}
+
+impl Lease {
+    /// [`Meta::lease_ns`], unless that stays as it is.
+    fn ns(self) -> Option<u64> {
+        match self {
+            Self::AsFound => None,
+            Self::Never => Some(0),
+            Self::After(lease) => Some(lease.as_nanos() as u64),
+        }
     }
 }
 

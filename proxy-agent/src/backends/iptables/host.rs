@@ -19,7 +19,7 @@ mod run;
 mod sets;
 pub mod variant;
 
-use owner::Owner;
+pub use owner::Owner;
 use run::{Output, run};
 pub use variant::Variant;
 
@@ -41,10 +41,9 @@ impl Host {
     /// Finds the tools, and which variant this host uses; tries out what they and the kernel can do.
     ///
     /// # Errors
-    /// There are none, or they do not work here: the text says which package brings them. Or another agent keeps the rules
-    /// here.
-    pub fn open() -> Result<Self, Error> {
-        let mut host = Self::find()?;
+    /// There are none, or they do not work here: the text says which package brings them.
+    pub fn open(owner: Owner) -> Result<Self, Error> {
+        let mut host = Self::find(owner)?;
         host.features = probe::features(&mut host)?;
         Ok(host)
     }
@@ -53,8 +52,7 @@ impl Host {
     ///
     /// # Errors
     /// As for [`Host::open`].
-    pub fn find() -> Result<Self, Error> {
-        let owner = Owner::take()?;
+    pub fn find(owner: Owner) -> Result<Self, Error> {
         let variant::Choice {
             variant,
             why,

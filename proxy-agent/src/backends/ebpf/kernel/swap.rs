@@ -141,13 +141,19 @@ impl KernelStore {
         current.change_meta(|meta| {
             meta.abi_version = ABI_VERSION;
             meta.netns_cookie = probe::own_netns_cookie();
-            meta.lease_ns = self.lease.map_or(0, |lease| lease.as_nanos() as u64);
+            if let Some(lease_ns) = self.lease.ns() {
+                meta.lease_ns = lease_ns;
+            }
             meta.generation = current.generation.number;
             meta.node = [0; 64];
             for (to, from) in meta.node.iter_mut().zip(self.node_name.bytes()) {
                 *to = from;
             }
             meta.flags |= meta_flags::COMPLETE;
+            match self.host_only {
+                true => meta.flags |= meta_flags::HOST_ONLY,
+                false => meta.flags &= !meta_flags::HOST_ONLY,
+            }
         });
     }
 

@@ -54,7 +54,8 @@ impl Node {
             bpf_dir: self.bpf_dir.clone(),
             cgroup: Some(self.cgroup.clone()),
             node_name: "n1".to_owned(),
-            lease: None,
+            lease: Lease::Never,
+            host_only: false,
             log: false,
         }
     }
@@ -421,6 +422,36 @@ fn a_grace_period_takes_a_second_and_does_not_block() {
     store.wait_grace(second);
     assert!(start.elapsed() >= Duration::from_secs(1) && start.elapsed() < Duration::from_secs(3));
     assert_eq!(store.grace_over(), second);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
+fn the_lease_is_in_force_at_once_and_a_restart_finds_it() {
+    let node = Node::new();
+    let lease = || node.view().meta().lease_ns;
+    let open = |lease, host_only| {
+        let mut store = KernelStore::open(OpenOptions {
+            lease,
+            host_only,
+            ..node.options()
+        })
+        .unwrap();
+        store.publish().unwrap();
+        store
+    };
+    let mut store = open(Lease::AsFound, false);
+    assert_eq!(lease(), 0);
+    store.set_lease(Lease::After(Duration::from_secs(30)));
+    assert_eq!(lease(), 30_000_000_000);
+    drop(store);
+    drop(open(Lease::AsFound, true));
+    assert_eq!(lease(), 30_000_000_000);
+    let is_host_only = || node.view().meta().flags & meta_flags::HOST_ONLY != 0;
+    assert!(is_host_only());
+    let mut store = open(Lease::AsFound, false);
+    assert!(!is_host_only());
+    store.set_lease(Lease::Never);
+    assert_eq!(lease(), 0);
 }
 
 #[test]

@@ -270,10 +270,10 @@ fn the_holder_of_the_lock_is_named() {
 #[ignore = "needs root"]
 fn a_network_namespace_has_one_agent() {
     in_namespace(|| {
-        let first = Host::find().unwrap();
-        let error = Host::find().unwrap_err().to_string();
+        let first = Host::find(Owner::take().unwrap()).unwrap();
+        let error = Owner::take().unwrap_err().to_string();
         assert!(error.contains("stop it first"), "{error}");
         drop(first);
-        Host::find().map(drop).unwrap();
+        Owner::take().map(drop).unwrap();
     });
 }

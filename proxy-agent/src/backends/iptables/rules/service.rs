@@ -211,6 +211,8 @@ impl<'a> Service<'a> {
         let mut found = Vec::new();
         for frontend in &self.state.frontends {
             match frontend.kind {
+                // A server on this node has it for itself (NodeLocal DNSCache).
+                FrontendKind::ClusterIp if frontend.on_local_link => {}
                 FrontendKind::ClusterIp => self.cluster_ip(frontend, &mut found),
                 FrontendKind::NodePort | FrontendKind::LoadBalancer | FrontendKind::ExternalIp => {
                     self.external(frontend, &mut found)
