@@ -9,6 +9,7 @@ mod process;
 mod remedy;
 mod test;
 mod toolchain;
+mod tools;
 
 use std::process::ExitCode;
 
@@ -49,6 +50,8 @@ enum Task {
         #[arg(long, value_enum, default_value = "all")]
         level: test::Level,
     },
+    /// Find or build the Kubernetes components that the tests run, and say where they are.
+    Tools,
     /// Make a small cluster of network namespaces and show the kernel balancing real traffic in it.
     Demo {
         /// Leave it running, and say how to enter it.
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Task::Build { release, next } => build::run(&workspace, release, next),
         Task::Check { fix } => remedy::check(&workspace, fix),
         Task::Test { filter, level } => test::run(&workspace, level, filter.as_deref()),
+        Task::Tools => tools::run(&workspace),
         Task::Demo { keep, remove } => test::demo(&workspace, keep, remove),
         Task::Bench { name } => test::bench(&workspace, &name),
         Task::Bless => test::bless(&workspace),

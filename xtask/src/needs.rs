@@ -6,6 +6,7 @@ use crate::{
     arch,
     process::{self, Workspace},
     toolchain::Toolchain,
+    tools,
 };
 
 /// Who asks.
@@ -17,6 +18,8 @@ pub enum Purpose {
     Kernel,
     /// The real servers and clients of the demo and of the scenarios.
     Scenarios,
+    /// The Kubernetes components that the scenarios run beside the agent.
+    Kubernetes,
     /// Judging the code without running it.
     Lint,
     /// Type-checking for another processor.
@@ -48,6 +51,8 @@ enum Probe {
     Version,
     /// A program in PATH.
     Program,
+    /// [`tools::probe`].
+    Tools,
     /// The text of a file under /proc, judged.
     File(&'static str, fn(&str) -> Result<String, String>),
 }
@@ -162,6 +167,21 @@ pub const NEEDS: &[Need] = &[
     ),
     program("ipset", "holds the clients of sessions", "ipset"),
     program("conntrack", "shows the kernel's connections", "conntrack"),
+    program(
+        "nft",
+        "holds the rules of a kube-proxy in mode nftables",
+        "nftables",
+    ),
+    Need {
+        name: "Go",
+        purpose: Purpose::Kubernetes,
+        why: "builds kube-proxy, kube-apiserver and etcd for the tests",
+        probe: Probe::Tools,
+        source: Source::Owner(
+            "install Go 1.26 or newer (https://go.dev/dl), or set KUBEBUILDER_ASSETS to a folder that holds etcd, \
+             kube-apiserver and kube-proxy",
+        ),
+    },
     Need {
         name: "library source",
         purpose: Purpose::Arch,
@@ -199,6 +219,7 @@ impl Need {
             Probe::Version => process::answer(workspace.command(self.name).arg("--version"))
                 .map(|version| version.trim().to_owned())
                 .ok_or_else(|| "not in PATH, or it does not start".into()),
+            Probe::Tools => tools::probe(workspace),
             Probe::Program => process::in_path(self.name)
                 .map(|file| file.display().to_string())
                 .ok_or_else(|| "not in PATH".into()),

@@ -15,7 +15,7 @@ use crate::{
     build::{self, Abi},
     needs::Purpose,
     process::{self, Workspace},
-    remedy,
+    remedy, tools,
 };
 
 /// The package with the scenarios, the demo and the benches.
@@ -32,6 +32,8 @@ pub enum Level {
     Packet,
     /// Clusters made of network namespaces.
     Netns,
+    /// The same with real Kubernetes components, which Go builds.
+    Kube,
     /// Long runs under load.
     Torture,
     /// All of these.
@@ -42,7 +44,14 @@ impl Level {
     fn needs_root(self) -> bool {
         match self {
             Self::Unit | Self::Golden => false,
-            Self::Packet | Self::Netns | Self::Torture | Self::All => true,
+            Self::Packet | Self::Netns | Self::Kube | Self::Torture | Self::All => true,
+        }
+    }
+
+    fn needs_kubernetes(self) -> bool {
+        match self {
+            Self::Kube | Self::All => true,
+            Self::Unit | Self::Golden | Self::Packet | Self::Netns | Self::Torture => false,
         }
     }
 }
@@ -60,10 +69,14 @@ pub fn run(workspace: &Workspace, level: Level, filter: Option<&str>) -> Result<
             &[Purpose::Build, Purpose::Kernel, Purpose::Scenarios],
         )?;
     }
-    let mut agents = Vec::new();
+    let mut variables = Vec::new();
+    if level.needs_kubernetes() {
+        remedy::ensure(workspace, &[Purpose::Kubernetes])?;
+        variables.push((tools::FOLDER, tools::ensure(workspace)?));
+    }
     if level.needs_root() {
         let built = build::agents(workspace, &[Abi::Current, Abi::Next], false)?;
-        agents.extend(["PROXY_AGENT", "PROXY_AGENT_NEXT"].into_iter().zip(built));
+        variables.extend(["PROXY_AGENT", "PROXY_AGENT_NEXT"].into_iter().zip(built));
         process::run(
             workspace
                 .cargo()
@@ -80,7 +93,7 @@ pub fn run(workspace: &Workspace, level: Level, filter: Option<&str>) -> Result<
         cargo
             .arg("--")
             .args(run.harness)
-            .envs(agents.iter().map(|(name, path)| (name, path)));
+            .envs(variables.iter().map(|(name, path)| (name, path)));
         if let Err(error) = process::run(&mut cargo) {
             failed.push(error.to_string());
         }
@@ -114,10 +127,11 @@ fn runs(level: Level, targets: &BTreeSet<String>) -> Result<Vec<Run>> {
         Level::Unit => vec![run(beside(), &[] as &[_])],
         Level::Golden => vec![run(named(&|name| name == "golden"), &[])],
         Level::Packet => {
-            let others = named(&|name| !["golden", "netns", "torture"].contains(&name));
+            let others = named(&|name| !["golden", "netns", "kube", "torture"].contains(&name));
             vec![run([beside(), others].concat(), &["--ignored"])]
         }
         Level::Netns => vec![run(named(&|name| name == "netns"), &["--include-ignored"])],
+        Level::Kube => vec![run(named(&|name| name == "kube"), &["--include-ignored"])],
         Level::Torture => {
             let torture = named(&|name| name == "torture");
             vec![run(torture, &["--include-ignored", "--test-threads=1"])]
