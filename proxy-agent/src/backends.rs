@@ -61,6 +61,12 @@ pub trait Backend {
     /// # Errors
     /// What stopped it; it is called again after the next apply.
     fn publish(&mut self) -> Result<(), Error>;
+
+    /// Whether somebody else keeps what this backend would write: then it is given nothing to do. Asked often, and after
+    /// [`Backend::observe`], before anything is written.
+    fn yields(&mut self) -> bool {
+        false
+    }
 }
 
 /// A part of the desired state.

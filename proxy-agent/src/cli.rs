@@ -168,6 +168,9 @@ pub struct Packet {
     /// Serve node ports on 127.0.0.0/8 in --mode iptables, which sets route_localnet
     #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true")]
     pub iptables_localhost_nodeports: bool,
+    /// Take over when another proxy has given no sign for this long; kube-proxy's default --iptables-sync-period and more
+    #[arg(long, value_name = "DURATION", default_value = "45s", value_parser = duration)]
+    pub takeover_after: Duration,
     /// Shortest time between two changes of the rules
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = duration)]
     pub iptables_min_sync_period: Duration,
@@ -425,6 +428,7 @@ mod tests {
         assert!(!plain.masquerade_all && plain.iptables_localhost_nodeports);
         assert_eq!(plain.detect_local_mode, DetectLocalMode::ClusterCidr);
         assert_eq!(plain.iptables_min_sync_period, Duration::from_secs(1));
+        assert_eq!(plain.takeover_after, Duration::from_secs(45));
         let given = packet(
             "--masquerade-all --cluster-cidr=10.244.0.0/16,fd00:10:244::/56 --iptables-localhost-nodeports=false \
              --detect-local-mode=InterfaceNamePrefix --pod-interface-name-prefix=veth --iptables-min-sync-period=100ms",

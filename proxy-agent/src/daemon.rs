@@ -42,6 +42,7 @@ mod packet;
 pub mod place;
 mod programs_log;
 pub mod reaper;
+mod rival;
 pub mod self_test;
 mod servers;
 pub mod socket;
@@ -161,7 +162,8 @@ async fn serve(
     let opened = mode::open(global, args, &here)?;
     let metrics = Arc::new(Metrics::default());
     let mut feeds = Feeds::new(here);
-    let serving = Serving::start(global, args, opened, reaper, &mut feeds, &metrics)?;
+    let (give_way, gives_way) = watch::channel(false);
+    let serving = Serving::start(global, args, opened, reaper, &mut feeds, &metrics, give_way)?;
     let Serving {
         layers,
         sockets,
@@ -171,7 +173,7 @@ async fn serve(
     let (cgroup, reaper_ended) = sockets.unzip();
     let (tested, self_test) = watch::channel(SelfTest::default());
     let health = servers::health(args, statuses().collect(), self_test);
-    let metering = servers::metrics(global, args, cgroup.as_deref(), &metrics);
+    let metering = servers::metrics(global, args, cgroup.as_deref(), &metrics, gives_way);
 
     let result = tokio::select! {
         () = follow(received, &feeds) => Err(Error::Ended("sources")),
@@ -209,12 +211,13 @@ impl Serving {
         reaper: Option<Reaper>,
         feeds: &mut Feeds,
         metrics: &Arc<Metrics>,
+        give_way: watch::Sender<bool>,
     ) -> Result<Self, Error> {
         match layers {
             Layers::Packets(host, former) => {
                 let feed = feeds.add(metrics.layer("packet").changes_pending);
                 let place = packet::Place::Alone;
-                let layer = packet::start(host, &args.packet, place, feed, metrics)?;
+                let layer = packet::start(host, args, place, feed, metrics, give_way)?;
                 servers::tell_mode("off", "iptables", reason, metrics);
                 Ok(Self {
                     layers: vec![layer],
@@ -234,7 +237,7 @@ impl Serving {
                 let packets = host.map(|host| {
                     let feed = feeds.add(metrics.layer("packet").changes_pending);
                     let place = packet::Place::BesideSockets;
-                    packet::start(host, &args.packet, place, feed, metrics)
+                    packet::start(host, args, place, feed, metrics, give_way)
                 });
                 let packets = packets.transpose()?;
                 let terms = socket::Terms {

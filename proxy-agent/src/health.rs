@@ -10,7 +10,7 @@ use std::{
 use axum::{
     Router,
     extract::State,
-    http::{HeaderName, StatusCode, header},
+    http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -25,6 +25,9 @@ use crate::{
 const BIND_RETRY: Duration = Duration::from_secs(5);
 /// A layer that has failed for longer than this is not alive: kube-proxy's 2 × syncPeriod.
 const STUCK_AFTER: Duration = Duration::from_secs(60);
+
+/// Header that tells our answer to `/proxyMode` from another proxy's; its value is our version.
+pub const OURS: &str = "x-proxy-agent";
 
 /// Result of the self-test of a layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -143,13 +146,8 @@ async fn metrics(State(metering): State<Metering>) -> Response {
     ([(header::CONTENT_TYPE, text)], metering.metrics.text()).into_response()
 }
 
-/// The header tells ours from another proxy's answer.
 async fn proxy_mode(State(metering): State<Metering>) -> Response {
-    let ours = (
-        HeaderName::from_static("x-proxy-agent"),
-        env!("CARGO_PKG_VERSION"),
-    );
-    ([ours], metering.mode).into_response()
+    ([(OURS, env!("CARGO_PKG_VERSION"))], metering.mode).into_response()
 }
 
 async fn configz(State(metering): State<Metering>) -> Response {
@@ -157,15 +155,27 @@ async fn configz(State(metering): State<Metering>) -> Response {
     ([json], metering.config.to_string()).into_response()
 }
 
-/// Serves `router` for ever. A port that cannot be had is no reason to stop serving the node: it is tried again.
-pub async fn serve(name: &'static str, address: SocketAddr, router: Router) {
+/// Serves `router` for ever. A port that cannot be had is no reason to stop serving the node: it is tried again. While
+/// `give_way` is true the port is left to others.
+pub async fn serve(
+    name: &'static str,
+    address: SocketAddr,
+    router: Router,
+    give_way: watch::Receiver<bool>,
+) {
     let mut told = false;
     loop {
+        until(give_way.clone(), false).await;
         let error = match TcpListener::bind(address).await {
             Ok(listener) => {
                 tracing::info!(server = name, %address, "serving");
-                match axum::serve(listener, router.clone()).await {
-                    Ok(()) => return,
+                let server = axum::serve(listener, router.clone());
+                let gives_way = until(give_way.clone(), true);
+                match server.with_graceful_shutdown(gives_way).await {
+                    Ok(()) => {
+                        tracing::info!(server = name, %address, "the port is left to another proxy");
+                        continue;
+                    }
                     Err(error) => error,
                 }
             }
@@ -176,6 +186,13 @@ pub async fn serve(name: &'static str, address: SocketAddr, router: Router) {
             tracing::error!(server = name, %address, %error, retry = ?BIND_RETRY, "cannot serve: is another proxy or agent on this port?");
         }
         tokio::time::sleep(BIND_RETRY).await;
+    }
+}
+
+/// Returns when `value` is `wanted`; never, if nobody is left who would change it.
+async fn until(mut value: watch::Receiver<bool>, wanted: bool) {
+    if value.wait_for(|value| *value == wanted).await.is_err() {
+        std::future::pending().await
     }
 }
 

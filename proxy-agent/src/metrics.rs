@@ -37,6 +37,13 @@ pub struct ReasonLabel {
     pub reason: &'static str,
 }
 
+/// Label of what shows another proxy.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct SignLabel {
+    /// `proxy_mode`, `nft_table`, `canary` or `rules`.
+    pub sign: &'static str,
+}
+
 /// Labels of the mode.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ModeLabels {
@@ -101,6 +108,8 @@ metrics! {
     connections: Counter = Counter::default() => "connections";
     /// Datagrams of unconnected sockets translated by the kernel programs
     datagrams: Counter = Counter::default() => "datagrams";
+    /// 1 while another proxy serves the node and the packet layer writes nothing, by what shows it
+    observing: Family<SignLabel, Gauge> = Family::default() => "observing";
     /// Which layers serve this node, and why
     mode_info: Family<ModeLabels, Gauge> = Family::default() => "mode_info";
 }

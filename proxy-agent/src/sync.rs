@@ -17,15 +17,15 @@ use tokio::sync::watch;
 
 use crate::{
     backends::{Backend, Bounds, Error, Part},
-    compile::{Compiler, Problem},
     metrics::LayerMetrics,
-    model::{Dirty, Model},
+    model::Dirty,
     plan::{Plan, diff},
-    state::DesiredState,
 };
 
+mod compiled;
 mod inbox;
 
+pub use compiled::Compiled;
 pub use inbox::{Inbox, Scope, Turn};
 
 /// Wait after the first of a row of errors; doubles with each.
@@ -38,41 +38,15 @@ const AUDIT_EVERY: Duration = Duration::from_secs(60);
 /// A backend is tended at least this often: what somebody else changes has to be back within a second.
 const TEND_EVERY: Duration = Duration::from_millis(500);
 
-/// What compiling a scope gives.
-#[derive(Clone, Debug, Default)]
-pub struct Compiled {
-    /// What was compiled: at least what was asked for, and the Services that this touches.
-    pub scope: Scope,
-    /// The desired state of that scope.
-    pub state: DesiredState,
-}
-
-impl Compiled {
-    /// Compiles `scope` of `model`; also gives the problems that were not there before.
-    pub fn of(compiler: &mut Compiler, model: &Model, scope: &Scope) -> (Self, Vec<Problem>) {
-        let compiled = match scope {
-            Scope::All => compiler.compile_all(model),
-            Scope::Part(dirty) => compiler.compile(model, dirty),
-        };
-        let scope = match scope {
-            Scope::All => Scope::All,
-            Scope::Part(_) => Scope::Part(Dirty {
-                services: compiled.services_in_scope,
-                addresses: compiled.addresses_in_scope,
-            }),
-        };
-        let state = compiled.state;
-        (Self { scope, state }, compiled.problems)
-    }
-}
-
 /// How a layer is doing.
 #[derive(Clone, Debug, Default)]
 pub struct SyncStatus {
     /// Which layer: "socket", "packet".
     pub layer: &'static str,
-    /// The kernel has held a complete desired state since the agent started.
+    /// The kernel has held a complete desired state since the agent started, or somebody else's that is only observed.
     pub is_synced: bool,
+    /// The kernel holds a complete desired state that this layer keeps: not somebody else, whom it observes.
+    pub is_serving: bool,
     /// Why not, or what went wrong last; none after a success.
     pub last_error: Option<String>,
     /// End of the last sync without an error.
@@ -92,6 +66,8 @@ pub struct Layer<B: Backend> {
     observed: Option<BTreeMap<B::Key, B::Value>>,
     /// The hooks are known to serve what was applied.
     is_published: bool,
+    /// Somebody else keeps what this layer would.
+    stands_by: bool,
     /// Changed since the start while a source was incomplete: only these may differ from what was found.
     touched: Dirty,
     /// Taken from the inbox, not yet in the kernel.
@@ -121,6 +97,7 @@ impl<B: Backend> Layer<B> {
             backend,
             observed: None,
             is_published: false,
+            stands_by: false,
             touched: Dirty::default(),
             changes: 0,
             failures: 0,
@@ -165,6 +142,13 @@ impl<B: Backend> Layer<B> {
             let now = Instant::now();
             if is_disturbed {
                 due = self.hasten(now, due);
+            }
+            let yields = self.backend.yields();
+            if std::mem::replace(&mut self.stands_by, yields) != yields {
+                due = Due {
+                    not_before: None,
+                    until: now,
+                };
             }
             let tend_at = now + TEND_EVERY;
             let turn = inbox.wait(due.not_before, due.until.min(tend_at));
@@ -223,46 +207,54 @@ impl<B: Backend> Layer<B> {
                 until: self.audit_at,
             };
         }
-        let result = if now >= self.audit_at && self.observed.is_some() {
-            self.audit_at = now + AUDIT_EVERY;
-            self.audit(&mut scope)
-        } else {
-            Ok(())
-        };
-        let result = result.and_then(|()| {
-            if self.observed.is_none() {
-                self.observed = Some(self.backend.observe()?);
-                scope = Scope::All;
+        let result = self.read(now, &mut scope).and_then(|yields| {
+            if yields {
+                return Ok(None);
             }
             if scope.is_empty() {
-                return Ok(0);
+                return Ok(Some(0));
             }
             let compiled = compile(&scope);
-            self.sync(compiled, complete)
+            self.sync(compiled, complete).map(Some)
         });
         match result {
-            Ok(applied) => self.succeeded(now, applied, complete),
+            Ok(Some(applied)) => self.succeeded(now, applied, complete),
+            Ok(None) => self.stand_by(now, complete),
             Err(error) => self.failed(now, &error),
         }
     }
 
-    /// Compares with what the kernel really holds.
-    fn audit(&mut self, scope: &mut Scope) -> Result<(), Error> {
+    /// Reads the kernel where that is due, and widens `scope` by what it takes. Says whether somebody else keeps what this
+    /// layer would: what was just read may show it.
+    fn read(&mut self, now: Instant, scope: &mut Scope) -> Result<bool, Error> {
+        if self.backend.yields() {
+            return Ok(true);
+        }
+        if self.observed.is_some() && now < self.audit_at {
+            return Ok(false);
+        }
+        self.audit_at = now + AUDIT_EVERY;
         let found = self.backend.observe()?;
-        if let Some(believed) = &self.observed {
-            let drift = diff(&found, believed).len();
-            if drift > 0 {
-                self.metrics.drift_repairs.inc_by(drift as u64);
-                tracing::warn!(
-                    layer = self.name,
-                    entries = drift,
-                    "somebody else changed what the kernel holds; repairing it"
-                );
-                *scope = Scope::All;
+        if self.backend.yields() {
+            return Ok(true);
+        }
+        match &self.observed {
+            Some(believed) => {
+                let drift = diff(&found, believed).len();
+                if drift > 0 {
+                    self.metrics.drift_repairs.inc_by(drift as u64);
+                    tracing::warn!(
+                        layer = self.name,
+                        entries = drift,
+                        "somebody else changed what the kernel holds; repairing it"
+                    );
+                    *scope = Scope::All;
+                }
             }
+            None => *scope = Scope::All,
         }
         self.observed = Some(found);
-        Ok(())
+        Ok(false)
     }
 
     /// Makes the kernel hold `compiled`; returns the number of changes that took.
@@ -305,6 +297,7 @@ impl<B: Backend> Layer<B> {
         // Nobody is woken by one more success: at 20,000 changes a second that would cost as much as the syncs.
         self.status.send_if_modified(|status| {
             let is_first = complete && !status.is_synced;
+            status.is_serving |= complete;
             let is_news = is_first || status.last_error.is_some();
             if is_first {
                 status.is_synced = true;
@@ -324,6 +317,26 @@ impl<B: Backend> Layer<B> {
         Due {
             not_before: (applied > 0 && !self.pace.is_zero()).then(|| now + self.pace),
             until: self.audit_at,
+        }
+    }
+
+    /// Forgets the kernel: whoever keeps it now changes it. Taking over begins with reading it.
+    fn stand_by(&mut self, now: Instant, complete: bool) -> Due {
+        self.observed = None;
+        self.is_published = false;
+        self.changes = 0;
+        self.failures = 0;
+        self.status.send_if_modified(|status| {
+            let is_news = (complete && !status.is_synced) || status.last_error.is_some();
+            status.is_synced |= complete;
+            status.is_serving = false;
+            status.last_error = None;
+            status.last_success = Some(now);
+            is_news
+        });
+        Due {
+            not_before: None,
+            until: now + AUDIT_EVERY,
         }
     }
 

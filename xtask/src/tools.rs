@@ -136,8 +136,7 @@ impl Tool {
         go.current_dir(self.sources(workspace));
         // The workspace's own file of modules counts, nothing of the user's.
         go.env("GOWORK", "off").env("GOFLAGS", "-mod=readonly");
-        go.args(["build", "-buildvcs=false", "-o"])
-            .arg(&file);
+        go.args(["build", "-buildvcs=false", "-o"]).arg(&file);
         go.args(["-ldflags", &format!("-s -w {}", self.flags), self.package]);
         process::run_quietly(&mut go)
             .with_context(|| format!("cannot build {} for the tests", self.name))?;
@@ -190,7 +189,10 @@ mod tests {
 
     #[test]
     fn the_version_of_go_is_read() {
-        assert_eq!(go_version("go version go1.26.8 linux/amd64\n"), Some((1, 26)));
+        assert_eq!(
+            go_version("go version go1.26.8 linux/amd64\n"),
+            Some((1, 26))
+        );
         assert_eq!(go_version("go version go1.21 linux/arm64\n"), Some((1, 21)));
         assert_eq!(go_version("go version devel linux/arm64\n"), None);
     }

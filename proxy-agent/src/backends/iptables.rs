@@ -21,6 +21,7 @@ pub mod host;
 mod known;
 pub mod names;
 mod remove;
+pub mod rival;
 mod rule;
 pub mod rules;
 mod save;
@@ -32,6 +33,7 @@ pub use describe::describe;
 use known::Known;
 use names::ChainName;
 pub use remove::remove_own;
+use rival::Rivals;
 pub use rules::base::Anchor;
 use rules::{
     Rules, base,
@@ -91,6 +93,10 @@ pub struct IptablesBackend<T> {
     /// The order of the tables in the next apply.
     filter_first: bool,
     left_out: BTreeMap<ServicePort, String>,
+    /// None while nobody else is looked out for.
+    rivals: Option<Rivals>,
+    /// What of another proxy was there when it was observed last.
+    of_rivals: rival::Found,
 }
 
 impl<T: Tables> IptablesBackend<T> {
@@ -105,6 +111,33 @@ impl<T: Tables> IptablesBackend<T> {
             found: Vec::new(),
             filter_first: true,
             left_out: BTreeMap::new(),
+            rivals: None,
+            of_rivals: rival::Found::default(),
+        }
+    }
+
+    /// Writes nothing while another proxy serves the node.
+    #[must_use]
+    pub fn beside(mut self, rivals: Rivals) -> Self {
+        self.rivals = Some(rivals);
+        self
+    }
+
+    /// Who else serves the node, if that is looked out for.
+    pub fn rivals(&mut self) -> Option<&mut Rivals> {
+        self.rivals.as_mut()
+    }
+
+    /// Whether kube-proxy's canaries were there when it was observed last.
+    pub fn has_canaries(&self) -> bool {
+        self.of_rivals.canary
+    }
+
+    /// What another proxy left is removed: what is found from now on, it made again.
+    pub fn rivals_cleared(&mut self) {
+        self.of_rivals = rival::Found::default();
+        if let Some(rivals) = &mut self.rivals {
+            rivals.decision().cleared();
         }
     }
 
@@ -190,12 +223,15 @@ impl<T: Tables> Backend for IptablesBackend<T> {
         let mut found: BTreeMap<_, _> = sets.map(|set| (Key::Set(set), digest(""))).collect();
         self.referenced.clear();
         self.found.clear();
+        let mut of_rivals = rival::Found::default();
         for &family in &self.rules.families {
             for table in [Table::Filter, Table::Nat] {
                 let anchors = base::anchors(&self.rules, family);
                 let anchors: Vec<_> = anchors.filter(|(of, _)| *of == table).collect();
                 let anchors: Vec<_> = anchors.into_iter().map(|(_, anchor)| anchor).collect();
-                let saved = parse(&self.tables.save(family, table)?, family, table, &anchors)?;
+                let text = self.tables.save(family, table)?;
+                text.lines().for_each(|line| of_rivals.add(line));
+                let saved = parse(&text, family, table, &anchors)?;
                 if (family, table) == (Family::V4, Table::Filter) {
                     self.has_kubelet_firewall = saved.has_kubelet_firewall;
                 }
@@ -210,6 +246,7 @@ impl<T: Tables> Backend for IptablesBackend<T> {
                     .extend(referenced.map(|chain| (family, table, chain)));
             }
         }
+        self.of_rivals = of_rivals;
         Ok(found)
     }
 
@@ -224,6 +261,12 @@ impl<T: Tables> Backend for IptablesBackend<T> {
     /// Rules are in force once they are in the table.
     fn publish(&mut self) -> Result<(), Error> {
         Ok(())
+    }
+
+    fn yields(&mut self) -> bool {
+        let found = self.of_rivals;
+        let stance = self.rivals.as_mut().map(|rivals| rivals.look(found));
+        matches!(stance, Some(rival::Stance::Observe(_)))
     }
 }
 

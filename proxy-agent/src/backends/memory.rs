@@ -17,6 +17,10 @@ use crate::{
 pub struct Memory {
     /// What a kernel would hold.
     pub entries: BTreeMap<Key, u64>,
+    /// Somebody else keeps them.
+    pub yields: bool,
+    /// Somebody else is seen by reading.
+    pub yields_once_read: bool,
     /// Writes that went in.
     pub writes: u64,
     /// One write in so many fails; 0 = none.
@@ -86,6 +90,7 @@ impl Backend for Memory {
     }
 
     fn observe(&mut self) -> Result<BTreeMap<Key, u64>, Error> {
+        self.yields |= self.yields_once_read;
         Ok(self.entries.clone())
     }
 
@@ -113,6 +118,10 @@ impl Backend for Memory {
 
     fn publish(&mut self) -> Result<(), Error> {
         self.write()
+    }
+
+    fn yields(&mut self) -> bool {
+        self.yields
     }
 }
 

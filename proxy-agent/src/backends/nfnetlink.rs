@@ -30,6 +30,10 @@ const ERROR: u16 = 2;
 /// Type of the message that ends a dump.
 const DONE: u16 = 3;
 
+/// `NFNL_MSG_BATCH_BEGIN` and `NFNL_MSG_BATCH_END`.
+const BATCH_BEGIN: u16 = 16;
+const BATCH_END: u16 = 17;
+
 /// `NLM_F_REQUEST`.
 const REQUEST: u16 = 0x1;
 /// `NLM_F_ACK`: answer also a request that succeeded.
@@ -218,6 +222,21 @@ impl Requests {
         fill(&mut Writer(&mut self.0));
         let length = (self.0.len() - start) as u32;
         self.0[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+    }
+
+    /// Makes what `fill` adds one transaction of `subsystem`: all of it is carried out, or nothing.
+    pub fn transaction(&mut self, subsystem: u8, fill: impl FnOnce(&mut Self)) {
+        self.bracket(BATCH_BEGIN, subsystem);
+        fill(self);
+        self.bracket(BATCH_END, subsystem);
+    }
+
+    fn bracket(&mut self, kind: u16, subsystem: u8) {
+        self.push(kind, 0, 0, |_| {});
+        // `res_id` of the generic header, its last 16 bits, in network order.
+        if let Some(last) = self.0.last_mut() {
+            *last = subsystem;
+        }
     }
 
     /// Whether there is none.

@@ -2,7 +2,14 @@
 
 use std::{cell::RefCell, collections::BTreeMap, fs, io, net::IpAddr, sync::Arc, time::Instant};
 
-use super::{Error, feed::Feed, layer::LayerThread};
+use tokio::sync::watch;
+
+use super::{
+    Error,
+    feed::Feed,
+    layer::LayerThread,
+    rival::{self, Beside},
+};
 use crate::{
     backends::{
         conntrack::Cleaner,
@@ -14,7 +21,7 @@ use crate::{
         },
         own_addresses,
     },
-    cli::{DetectLocalMode, Packet},
+    cli::{DetectLocalMode, Packet, Run},
     compile::Compiler,
     metrics::Metrics,
     state::{Family, ServicePort},
@@ -36,17 +43,20 @@ pub enum Place {
 /// A flag that another one needs is missing; no thread to be had.
 pub fn start(
     host: Host,
-    args: &Packet,
+    args: &Run,
     place: Place,
     feed: Feed,
     metrics: &Arc<Metrics>,
+    give_way: watch::Sender<bool>,
 ) -> Result<LayerThread, Error> {
-    let rules = rules(args, place, &host)?;
+    let rules = rules(&args.packet, place, &host)?;
     tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
     let is_nft = host.variant().is_nft();
-    let backend = IptablesBackend::new(Watched::new(host, is_nft), rules);
+    let rivals = rival::look_out(args.metrics_bind_address, args.packet.takeover_after);
+    let rivals = rivals.map_err(super::start("looking out for other proxies"))?;
+    let backend = IptablesBackend::new(Watched::new(host, is_nft), rules).beside(rivals);
     let layer = Layer::new("packet", backend, metrics.layer("packet"), Instant::now())
-        .with_pace(args.iptables_min_sync_period);
+        .with_pace(args.packet.iptables_min_sync_period);
     let status = layer.status();
     let flows = RefCell::new(cleaner(metrics).map_err(super::start("the conntrack clean-up"))?);
     let metrics = Arc::clone(metrics);
@@ -62,9 +72,12 @@ pub fn start(
             compiled
         };
         let mut told = LeftOut::default();
+        let mut beside = Beside::new(give_way, Arc::clone(&metrics));
         layer.run(&feed.inbox, compile, |backend, status| {
             told.tell(backend.left_out(), &metrics);
-            if status.last_error.is_none() {
+            beside.tend(backend, status);
+            // What was noted before another proxy took the node is no longer true.
+            if status.last_error.is_none() && !beside.is_observing() {
                 flows.borrow_mut().clean();
             }
             backend.tables_mut().has_changed()

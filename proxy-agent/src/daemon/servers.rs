@@ -29,15 +29,17 @@ pub fn health(
         self_test,
         started,
     });
-    health::serve("healthz", args.healthz_bind_address, router)
+    let (_, keeps) = watch::channel(false);
+    health::serve("healthz", args.healthz_bind_address, router, keeps)
 }
 
-/// Serves `/metrics`, `/proxyMode` and `/configz`.
+/// Serves `/metrics`, `/proxyMode` and `/configz`, except while the port is to be another proxy's.
 pub fn metrics(
     global: &Global,
     args: &Run,
     cgroup: Option<&Path>,
     metrics: &Arc<Metrics>,
+    give_way: watch::Receiver<bool>,
 ) -> impl Future<Output = ()> + use<> {
     let router = health::metrics_router(Metering {
         metrics: Arc::clone(metrics),
@@ -46,7 +48,7 @@ pub fn metrics(
         mode: cgroup.map_or("iptables", |_| "ebpf"),
         config: Arc::new(config(global, args, cgroup)),
     });
-    health::serve("metrics", args.metrics_bind_address, router)
+    health::serve("metrics", args.metrics_bind_address, router, give_way)
 }
 
 /// Says which layers serve this node, and why: each by its implementation, or "off".

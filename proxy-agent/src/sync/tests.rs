@@ -5,9 +5,13 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     backends::{Key, memory::Memory},
+    compile::Compiler,
     metrics::Metrics,
-    model::{NodeName, Objects, Port, Service, Update},
-    state::{Family, NodeAddress, Protocol, ServiceName, ServicePort, ServiceState, TrafficPolicy},
+    model::{Model, NodeName, Objects, Port, Service, Update},
+    state::{
+        DesiredState, Family, NodeAddress, Protocol, ServiceName, ServicePort, ServiceState,
+        TrafficPolicy,
+    },
 };
 
 /// What the sources say: affinity by Service, and whether the node has an address.
@@ -192,6 +196,39 @@ fn an_incomplete_source_deletes_nothing_and_changes_only_what_was_seen_to_change
     bench.turn(&partial, turn(Scope::All, true));
     assert_eq!(*bench.entries(), partial.rendered());
     assert!(bench.status().is_synced);
+}
+
+#[test]
+fn while_somebody_else_serves_nothing_is_written_and_then_everything() {
+    let (theirs, ours) = (world(&[("a", 1)]), world(&[("a", 2), ("b", 2)]));
+    let mut bench = Bench::new(&theirs);
+    bench.memory().yields = true;
+    bench.turn(&ours, turn(Scope::All, false));
+    assert!(!bench.status().is_synced);
+    bench.turn(&ours, turn(part(&["b"]), true));
+    let status = bench.status();
+    assert!(status.is_synced && !status.is_serving, "{status:?}");
+    assert_eq!(bench.memory().writes, 0);
+    bench.memory().yields = false;
+    bench.turn(&ours, turn(Scope::default(), true));
+    assert_eq!(*bench.entries(), ours.rendered());
+    assert!(bench.status().is_serving);
+}
+
+#[test]
+fn what_an_audit_finds_of_somebody_else_is_not_repaired() {
+    let ours = world(&[("a", 1)]);
+    let mut bench = Bench::new(&ours);
+    bench.turn(&ours, turn(Scope::All, true));
+    let writes = bench.memory().writes;
+    let theirs = world(&[("a", 3)]).rendered();
+    bench.memory().entries.clone_from(&theirs);
+    bench.memory().yields_once_read = true;
+    bench.now += AUDIT_EVERY;
+    bench.turn(&ours, turn(Scope::default(), true));
+    assert_eq!((bench.memory().writes, bench.entries()), (writes, &theirs));
+    assert!(!bench.status().is_serving);
+    assert_eq!(bench.layer.metrics.drift_repairs.get(), 0);
 }
 
 #[test]

@@ -109,23 +109,7 @@ impl Tables for Host {
     }
 
     fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {
-        let tool = self.tool(family, "restore")?;
-        let wait = LOCK_WAIT_SECONDS.to_string();
-        let output = run(
-            &tool,
-            &["--noflush", "-w", &wait, "-T", &table.to_string()],
-            text,
-        )?;
-        if output.success {
-            return Ok(());
-        }
-        if refusal::is_locked(&output) {
-            return Err(RestoreError::Failed(lock::held(LOCK_WAIT_SECONDS)));
-        }
-        Err(RestoreError::Refused {
-            line: refusal::line(&output.stderr),
-            message: refusal::message(&output.stderr),
-        })
+        self.restore_in(family, &table.to_string(), text)
     }
 
     fn sets(&mut self) -> Result<BTreeSet<AddressSet>, Error> {
@@ -151,6 +135,26 @@ impl Tables for Host {
 }
 
 impl Host {
+    /// As [`Tables::restore`], for any table.
+    ///
+    /// # Errors
+    /// Nothing went in.
+    pub fn restore_in(&self, family: Family, table: &str, text: &str) -> Result<(), RestoreError> {
+        let tool = self.tool(family, "restore")?;
+        let wait = LOCK_WAIT_SECONDS.to_string();
+        let output = run(&tool, &["--noflush", "-w", &wait, "-T", table], text)?;
+        if output.success {
+            return Ok(());
+        }
+        if refusal::is_locked(&output) {
+            return Err(RestoreError::Failed(lock::held(LOCK_WAIT_SECONDS)));
+        }
+        Err(RestoreError::Refused {
+            line: refusal::line(&output.stderr),
+            message: refusal::message(&output.stderr),
+        })
+    }
+
     fn change_sets(&self, text: &str) -> Result<(), Error> {
         if text.is_empty() {
             return Ok(());

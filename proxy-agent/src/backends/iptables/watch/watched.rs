@@ -6,7 +6,11 @@ use super::Watch;
 use crate::{
     backends::{
         Error,
-        iptables::tables::{AddressSet, RestoreError, Table, Tables},
+        iptables::{
+            host::Host,
+            rival::{CANARY, CANARY_TABLES},
+            tables::{AddressSet, RestoreError, Table, Tables},
+        },
     },
     state::Family,
 };
@@ -68,6 +72,30 @@ impl<T: Tables> Watched<T> {
                 }
             })
             .ok()
+    }
+}
+
+impl Watched<Host> {
+    /// Removes kube-proxy's canary from each table, where it is.
+    ///
+    /// # Errors
+    /// A tool could not be run, or the lock was not to be had; what is left can be removed later.
+    pub fn remove_canaries(&mut self) -> Result<(), Error> {
+        let unusable = |error: RestoreError| Error::Unusable(error.to_string());
+        for family in [Family::V4, Family::V6] {
+            for table in CANARY_TABLES {
+                // Declared first, so that there is something to remove in any case.
+                let text = format!("*{table}\n:{CANARY} - [0:0]\n-X {CANARY}\nCOMMIT\n");
+                let done = match table {
+                    "nat" => self.restore(family, Table::Nat, &text),
+                    "filter" => self.restore(family, Table::Filter, &text),
+                    // Nothing of ours is there, so nobody watches it.
+                    _ => self.tables.restore_in(family, table, &text),
+                };
+                done.map_err(unusable)?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,0 +1,270 @@
+//! Another proxy on this node: asks whether one answers, tells what follows, and clears away what one left.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    backends::{
+        Error,
+        iptables::{
+            IptablesBackend,
+            host::Host,
+            rival::{Rivals, Sign, Stance, nft},
+            watch::Watched,
+        },
+    },
+    health::OURS,
+    metrics::{Metrics, SignLabel},
+    sync::SyncStatus,
+};
+
+/// Where a kube-proxy answers unless it is told otherwise.
+const KUBE_PROXY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+const ASK_EVERY: Duration = Duration::from_secs(1);
+/// Longest wait for an answer from this machine.
+const TIMEOUT: Duration = Duration::from_secs(1);
+/// More than any answer to `/proxyMode` has, bytes.
+const ANSWER_BYTES: u64 = 4096;
+
+/// Begins to look out for other proxies: at kube-proxy's port and at `own`, which may be taken by one. One that gives no
+/// sign for `patience` is gone. The first answer is in when this returns.
+///
+/// # Errors
+/// No thread to be had.
+pub fn look_out(own: SocketAddr, patience: Duration) -> io::Result<Rivals> {
+    let own = SocketAddr::new(reachable(own.ip()), own.port());
+    let mut addresses = vec![KUBE_PROXY, own];
+    addresses.dedup();
+    let answers = move || addresses.iter().any(|address| is_foreign(*address));
+    let proxy_mode = Arc::new(AtomicBool::new(answers()));
+    let told = Arc::downgrade(&proxy_mode);
+    thread::Builder::new()
+        .name("other-proxies".to_owned())
+        .spawn(move || {
+            loop {
+                thread::sleep(ASK_EVERY);
+                let now = answers();
+                // Nobody wants to know any more: the layer has ended.
+                let Some(told) = told.upgrade() else { return };
+                told.store(now, Ordering::Relaxed);
+            }
+        })?;
+    Ok(Rivals::new(patience, proxy_mode))
+}
+
+/// Where a server that listens on `address` is reached from this node.
+fn reachable(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(v4) if v4.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(v6) if v6.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        address => address,
+    }
+}
+
+fn is_foreign(address: SocketAddr) -> bool {
+    // Nobody there, or nobody who answers: no sign.
+    ask(address).is_ok_and(|answer| speaks_of_another(&answer))
+}
+
+fn ask(address: SocketAddr) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    write!(stream, "GET /proxyMode HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.take(ANSWER_BYTES).read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// Whether this is a proxy's answer, one word, and not an agent's of our kind.
+fn speaks_of_another(answer: &str) -> bool {
+    let Some((head, body)) = answer.split_once("\r\n\r\n") else {
+        return false;
+    };
+    let mut lines = head.lines();
+    let is_ok = lines
+        .next()
+        .is_some_and(|status| status.split(' ').nth(1) == Some("200"));
+    let is_ours = lines.any(|line| {
+        line.split_once(':')
+            .is_some_and(|(name, _)| name.eq_ignore_ascii_case(OURS))
+    });
+    let word = body.trim();
+    let is_word = !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric());
+    is_ok && !is_ours && is_word
+}
+
+/// What the thread of the packet layer does about other proxies.
+pub struct Beside {
+    /// True while another proxy should have our port, if it wants it: by its answers there it is seen to be alive.
+    give_way: watch::Sender<bool>,
+    metrics: Arc<Metrics>,
+    told: Stance,
+    /// What could not be removed, told once.
+    trouble: Option<String>,
+}
+
+impl Beside {
+    /// Tells `give_way` when another proxy should have our port.
+    pub fn new(give_way: watch::Sender<bool>, metrics: Arc<Metrics>) -> Self {
+        for sign in Sign::ALL {
+            gauge(&metrics, sign).set(0);
+        }
+        Self {
+            give_way,
+            metrics,
+            told: Stance::Serve,
+            trouble: None,
+        }
+    }
+
+    /// Call it twice a second, with how the layer is doing.
+    pub fn tend(&mut self, backend: &mut IptablesBackend<Watched<Host>>, status: &SyncStatus) {
+        let Some(rivals) = backend.rivals() else {
+            return;
+        };
+        let stance = rivals.decision().stance();
+        let wants_clearing = rivals.decision().wants_clearing();
+        self.tell(stance);
+        // Never before our own rules serve everything.
+        if wants_clearing && status.is_serving {
+            match clear(backend) {
+                Ok(()) => {
+                    self.trouble = None;
+                    backend.rivals_cleared();
+                }
+                Err(error) => self.complain(&format!("{error:#}")),
+            }
+        }
+    }
+
+    /// Whether another proxy serves the node, as told last.
+    pub fn is_observing(&self) -> bool {
+        matches!(self.told, Stance::Observe(_))
+    }
+
+    fn complain(&mut self, error: &str) {
+        if self.trouble.as_deref() != Some(error) {
+            tracing::warn!(error, "what kube-proxy left stays for now; trying again");
+            self.trouble = Some(error.to_owned());
+        }
+    }
+
+    fn tell(&mut self, stance: Stance) {
+        let before = std::mem::replace(&mut self.told, stance);
+        if before == stance {
+            return;
+        }
+        if let Stance::Observe(sign) = before {
+            gauge(&self.metrics, sign).set(0);
+        }
+        match stance {
+            Stance::Observe(sign) => {
+                gauge(&self.metrics, sign).set(1);
+                tracing::warn!(
+                    sign = sign.name(),
+                    "another proxy serves this node: the rules are left to it until it is gone"
+                );
+            }
+            Stance::Serve => {
+                tracing::info!("no other proxy serves this node any more: taking over");
+            }
+        }
+        let gives_way = matches!(stance, Stance::Observe(_));
+        self.give_way.send_replace(gives_way);
+    }
+}
+
+fn gauge(metrics: &Metrics, sign: Sign) -> prometheus_client::metrics::gauge::Gauge {
+    let label = SignLabel { sign: sign.name() };
+    metrics.observing.get_or_create(&label).clone()
+}
+
+/// Removes what a kube-proxy leaves beside the chains that we share with it.
+fn clear(backend: &mut IptablesBackend<Watched<Host>>) -> Result<(), Error> {
+    let had_canaries = backend.has_canaries();
+    if had_canaries {
+        backend.tables_mut().remove_canaries()?;
+    }
+    let had_table = nft::remove().map_err(|cause| Error::Kernel {
+        action: "remove",
+        object: "table kube-proxy of nftables".to_owned(),
+        cause,
+        hint: "",
+    })?;
+    if had_canaries || had_table {
+        tracing::info!(
+            canaries = had_canaries,
+            nft_table = had_table,
+            "what kube-proxy left is removed"
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn only_another_proxys_answer_is_foreign() {
+        for (answer, expected) in [
+            ("HTTP/1.0 200 OK\r\nContent-Length: 8\r\n\r\niptables", true),
+            ("HTTP/1.1 200 OK\r\n\r\nnftables\n", true),
+            (
+                "HTTP/1.1 200 OK\r\nX-Proxy-Agent: 0.1.0\r\n\r\niptables",
+                false,
+            ),
+            ("HTTP/1.1 404 Not Found\r\n\r\niptables", false),
+            ("HTTP/1.1 200 OK\r\n\r\n<html>some page</html>", false),
+            ("HTTP/1.1 200 OK\r\n\r\n", false),
+            ("SSH-2.0-OpenSSH_9.2\r\n", false),
+            ("", false),
+        ] {
+            assert_eq!(speaks_of_another(answer), expected, "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn a_server_is_asked_and_silence_is_no_sign() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 256];
+                let read = stream.read(&mut request).unwrap();
+                assert!(request[..read].starts_with(b"GET /proxyMode "));
+                stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nipvs").unwrap();
+            });
+            assert!(is_foreign(address));
+        });
+        drop(listener);
+        assert!(!is_foreign(address));
+    }
+
+    #[test]
+    fn a_server_on_all_addresses_is_asked_on_loopback() {
+        for (address, expected) in [
+            ("0.0.0.0", "127.0.0.1"),
+            ("::", "::1"),
+            ("10.0.0.1", "10.0.0.1"),
+        ] {
+            let [address, expected] =
+                [address, expected].map(|text| text.parse::<IpAddr>().unwrap());
+            assert_eq!(reachable(address), expected);
+        }
+    }
+}
