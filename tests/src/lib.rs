@@ -9,6 +9,7 @@ pub mod bench;
 pub mod demo;
 pub mod foreign;
 pub mod janitor;
+pub mod kube;
 pub mod load;
 pub mod manifests;
 pub mod names;

@@ -269,6 +269,14 @@ impl Endpoint {
         }
     }
 
+    /// The node that it is on.
+    pub fn node(&self) -> &str {
+        self.value
+            .get("nodeName")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    }
+
     /// Serves at this port instead of the Service's target.
     #[must_use]
     pub fn at_port(mut self, port: u16) -> Self {

@@ -31,6 +31,9 @@ use crate::{
     place::Place,
 };
 
+/// Address of the switch: what is there, all nodes reach.
+pub const SWITCH: &str = "192.168.77.1";
+
 /// A cluster; dropping it removes everything.
 #[derive(Debug)]
 pub struct Topology {
@@ -169,6 +172,20 @@ impl Topology {
         }));
         links::make_outsider(&self.suffix, &outsider)?;
         Ok(outsider)
+    }
+
+    /// The switch, for servers that all nodes reach at [`SWITCH`].
+    ///
+    /// # Errors
+    /// Its cgroup cannot be made.
+    pub fn switch_place(&self) -> anyhow::Result<Place> {
+        let place = Place {
+            name: "switch".to_owned(),
+            netns: Path::new(names::NETNS_DIR).join(self.suffix.netns("switch")),
+            cgroup: self.suffix.cgroup()?.join("switch"),
+        };
+        make_dir(&place.cgroup)?;
+        Ok(place)
     }
 
     /// Where logs, manifests and configuration go.

@@ -1,0 +1,255 @@
+//! etcd and the API server, at the address of the topology's switch.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::PathBuf,
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use serde_json::{Value, json};
+
+use super::{
+    Component,
+    client::{Client, Request, TOKEN},
+};
+use crate::{Node, Service, Topology, topology::SWITCH, wait_for};
+
+/// A start takes three seconds on a quiet machine.
+const START: Duration = Duration::from_secs(120);
+const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
+const SERVICES: &str = "/api/v1/namespaces/default/services";
+
+/// A control plane without controllers: what is applied stays as it is.
+///
+/// ClusterIPs are 10.96.0.0/12 and `fd00:10:96::/112`, of which 10.96.0.1 belongs to `default/kubernetes`.
+#[derive(Debug)]
+pub struct ControlPlane {
+    client: Client,
+    dir: PathBuf,
+    /// The EndpointSlices of each Service that was applied.
+    slices: RefCell<BTreeMap<String, BTreeSet<String>>>,
+    // The API server goes first.
+    api: Component,
+    _etcd: Component,
+}
+
+impl ControlPlane {
+    /// One that is ready.
+    ///
+    /// # Errors
+    /// The components are missing, or do not start.
+    pub fn start(topology: &Topology) -> anyhow::Result<Self> {
+        let place = topology.switch_place()?;
+        let dir = topology.state_dir().join("control-plane");
+        fs::create_dir_all(&dir)?;
+        make_keys(&dir)?;
+        fs::write(
+            dir.join("tokens"),
+            format!("{TOKEN},admin,1,system:masters\n"),
+        )?;
+        let file = |name: &str| dir.join(name).display().to_string();
+        let etcd = Component::start("etcd", &place, &dir.join("etcd.log"), |command| {
+            command
+                .args(["--data-dir", &file("etcd"), "--unsafe-no-fsync"])
+                .args([
+                    "--listen-client-urls",
+                    ETCD,
+                    "--advertise-client-urls",
+                    ETCD,
+                ])
+                .args(["--listen-peer-urls", "http://127.0.0.1:2380"])
+                .args(["--quota-backend-bytes", "8589934592"]);
+        })?;
+        let log = dir.join("kube-apiserver.log");
+        let api = Component::start("kube-apiserver", &place, &log, |command| {
+            command
+                .args(["--etcd-servers", ETCD, "--cert-dir", &file("certs")])
+                .args(["--secure-port", "6443", "--bind-address", SWITCH])
+                .args(["--advertise-address", SWITCH])
+                .args(["--service-account-key-file", &file("sa.pub")])
+                .args(["--service-account-signing-key-file", &file("sa.key")])
+                .args(["--service-account-issuer", "https://kubernetes.default"])
+                .args(["--token-auth-file", &file("tokens")])
+                .args(["--authorization-mode", "AlwaysAllow"])
+                .args([
+                    "--service-cluster-ip-range",
+                    "10.96.0.0/12,fd00:10:96::/112",
+                ])
+                .args(["--disable-admission-plugins", "ServiceAccount"])
+                .args(["--max-requests-inflight", "3000"])
+                .args(["--max-mutating-requests-inflight", "2000"]);
+        })?;
+        let mut control = Self {
+            client: Client {
+                place,
+                server: format!("https://{SWITCH}:6443"),
+            },
+            dir,
+            slices: RefCell::default(),
+            api,
+            _etcd: etcd,
+        };
+        control.wait_ready()?;
+        Ok(control)
+    }
+
+    fn wait_ready(&mut self) -> anyhow::Result<()> {
+        let ready = [
+            Request::get("/readyz"),
+            Request::get("/api/v1/namespaces/default"),
+            Request::get(&format!("{SERVICES}/kubernetes")),
+        ];
+        wait_for("the API server is ready", START, || {
+            // One that ended is told once, after the deadline of nobody.
+            match self.api.ensure_alive() {
+                Ok(()) => self.client.send(&ready).map(Ok),
+                Err(ended) => Ok(Err(ended)),
+            }
+        })
+        .and_then(|answered| answered)
+        .with_context(|| self.api.last_words())?;
+        Ok(())
+    }
+
+    /// Brings a Service and its EndpointSlices to this state.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn apply(&self, service: &Service) -> anyhow::Result<()> {
+        self.apply_all(std::slice::from_ref(service))
+    }
+
+    /// As [`ControlPlane::apply`], for many.
+    ///
+    /// # Errors
+    /// The API server refuses one; those before it are there.
+    pub fn apply_all(&self, services: &[Service]) -> anyhow::Result<()> {
+        let mut requests = Vec::new();
+        for service in services {
+            let mut names = BTreeSet::new();
+            for object in service.objects() {
+                let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                if object["kind"] == "Service" {
+                    requests.extend(service_requests(name, object.clone()));
+                } else {
+                    names.insert(name.to_owned());
+                    requests.push(Request::apply(&format!("{SLICES}/{name}"), object.clone()));
+                }
+            }
+            let before = self
+                .slices
+                .borrow_mut()
+                .insert(service.name().to_owned(), names.clone());
+            let gone = before.unwrap_or_default();
+            requests.extend(
+                gone.difference(&names)
+                    .map(|name| Request::delete(&format!("{SLICES}/{name}"))),
+            );
+        }
+        self.client.send(&requests).map(drop)
+    }
+
+    /// Makes the Node object that a kube-proxy on `node` looks for.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn apply_node(&self, node: &Node) -> anyhow::Result<()> {
+        let name = node.name();
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+        });
+        let addresses = [
+            json!({"type": "InternalIP", "address": node.v4()}),
+            json!({"type": "InternalIP", "address": node.v6()}),
+        ];
+        // Not applied: addresses are a map by type there, and both have the same.
+        let status = json!({"status": {"addresses": addresses}});
+        let path = format!("/api/v1/nodes/{name}");
+        let requests = [
+            Request::apply(&path, object),
+            Request::merge(&format!("{path}/status"), status),
+        ];
+        self.client.send(&requests).map(drop)
+    }
+
+    /// Writes a kubeconfig for a component with all rights.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn kubeconfig(&self) -> anyhow::Result<PathBuf> {
+        let config = json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "c", "cluster": {"server": self.client.server, "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "u", "user": {"token": TOKEN}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+            "current-context": "x",
+        });
+        let path = self.dir.join("kubeconfig");
+        fs::write(&path, config.to_string())?;
+        Ok(path)
+    }
+}
+
+const ETCD: &str = "http://127.0.0.1:2379";
+
+/// A Service's status is another resource.
+fn service_requests(name: &str, mut object: Value) -> Vec<Request> {
+    let path = format!("{SERVICES}/{name}");
+    if object["spec"]["clusterIPs"]
+        .as_array()
+        .is_some_and(|ips| ips.len() > 1)
+    {
+        object["spec"]["ipFamilyPolicy"] = "RequireDualStack".into();
+    }
+    let status = object
+        .as_object_mut()
+        .and_then(|fields| fields.remove("status"));
+    let mut requests = vec![Request::apply(&path, object.clone())];
+    if let Some(status) = status {
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": name, "namespace": "default"},
+            "status": status,
+        });
+        requests.push(Request::apply(&format!("{path}/status"), object));
+    }
+    requests
+}
+
+/// The keys that service account tokens are signed with.
+fn make_keys(dir: &std::path::Path) -> anyhow::Result<()> {
+    let (key, public) = (dir.join("sa.key"), dir.join("sa.pub"));
+    let openssl = |command: &mut Command| -> anyhow::Result<()> {
+        let output = command.output().context("cannot run openssl")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "openssl: {said}");
+        Ok(())
+    };
+    openssl(
+        Command::new("openssl")
+            .args([
+                "ecparam",
+                "-genkey",
+                "-noout",
+                "-name",
+                "prime256v1",
+                "-out",
+            ])
+            .arg(&key),
+    )?;
+    openssl(
+        Command::new("openssl")
+            .args(["ec", "-pubout", "-in"])
+            .arg(&key)
+            .arg("-out")
+            .arg(&public),
+    )
+}

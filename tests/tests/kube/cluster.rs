@@ -1,0 +1,156 @@
+//! A small cluster whose objects come from an API server for kube-proxy, and from files for the agent.
+
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
+
+use anyhow::{Context, ensure};
+use proxy_tests::{
+    Endpoint, Pod, Scenario, Service,
+    kube::{ControlPlane, Variant},
+    load::{LoadPlan, LoadReport, Talk},
+    peer::Load,
+    scenario::{OFTEN, SOON, TCP, TCP_TARGET, UDP, UDP_TARGET, who_tcp},
+    wait_for,
+};
+
+pub const NODE_PORT: u16 = 30_080;
+/// Of the Service that every cluster here has, in both families; not the first ones, which are the API server's.
+const VIPS: [&str; 2] = ["10.96.0.20", "fd00:10:96::20"];
+
+pub struct Cluster {
+    // Before the topology in which it runs.
+    pub control: ControlPlane,
+    pub scenario: Scenario,
+}
+
+impl Cluster {
+    /// One whose agent is not started; kubelet would have chosen this variant.
+    pub fn start(name: &str, variant: Variant, args: &[&str]) -> anyhow::Result<Self> {
+        let basic = [
+            "--cluster-cidr",
+            "10.244.0.0/16,fd00:10:244::/48",
+            "--iptables-min-sync-period",
+            "100ms",
+        ];
+        let scenario = Scenario::without_agent(name, false, &[&basic, args].concat())?;
+        variant.hint(&scenario.a)?;
+        let control = ControlPlane::start(&scenario.topology)?;
+        Ok(Self { control, scenario })
+    }
+
+    /// The Service with these endpoints, for both proxies.
+    pub fn apply(&self, pods: &[&Pod]) -> anyhow::Result<()> {
+        let vips = VIPS.map(|vip| vip.parse().expect("an address"));
+        let service = Service::new("web", &vips)
+            .port("http", "TCP", TCP, TCP_TARGET)
+            .node_port(NODE_PORT)
+            .port("dns", "UDP", UDP, UDP_TARGET);
+        let both = |pod: &&Pod| {
+            let node = self.scenario.endpoint(pod).node().to_owned();
+            [false, true].map(|v6| Endpoint::new(pod.address(v6), &node))
+        };
+        let service = service.endpoints(pods.iter().flat_map(both));
+        self.scenario.manifests.put(&service)?;
+        self.control.apply(&service)
+    }
+
+    /// Where the Service is found from this node, in both families.
+    pub fn targets(&self) -> Vec<SocketAddr> {
+        let vips = VIPS.map(|vip| SocketAddr::new(vip.parse().expect("an address"), TCP));
+        let node = [false, true].map(|v6| (self.scenario.a.address(v6), NODE_PORT).into());
+        vips.into_iter().chain(node).collect()
+    }
+
+    /// Waits until exactly these pods answer the client, wherever the Service is found.
+    pub fn wait_served_by(&self, pods: &[&Pod]) -> anyhow::Result<()> {
+        let wanted: BTreeSet<String> = pods.iter().map(|pod| pod.name().to_owned()).collect();
+        let client = self.scenario.client.peer()?;
+        for target in self.targets() {
+            wait_for("the endpoints answer", SOON, || {
+                let who = who_tcp(&client, target, OFTEN)?;
+                ensure!(who == wanted, "{target}: {who:?} instead of {wanted:?}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Connections all the time, from a pod, from the node itself and from outside.
+    pub fn load(&self, outsider: &Pod) -> anyhow::Result<Vec<(&'static str, Load)>> {
+        let all = self.targets();
+        let of_node: Vec<_> = all
+            .iter()
+            .copied()
+            .filter(|to| to.port() == NODE_PORT)
+            .collect();
+        let clients = [
+            ("pod", self.scenario.client.peer()?, all.clone()),
+            ("node", self.scenario.a.peer()?, all),
+            ("outside", outsider.peer()?, of_node),
+        ];
+        let clients = clients.into_iter();
+        clients
+            .map(|(name, client, targets)| {
+                let plan = LoadPlan {
+                    pause: Duration::from_millis(1),
+                    ..LoadPlan::new(Talk::Tcp, targets)
+                };
+                Ok((name, client.start_load(plan)?))
+            })
+            .collect()
+    }
+
+    /// Waits until the agent has written this.
+    pub fn wait_log(&self, text: &str) -> anyhow::Result<()> {
+        wait_for(&format!("a line with {text:?}"), SOON, || {
+            let log = self.scenario.agent.log();
+            ensure!(log.contains(text), "{log}");
+            Ok(())
+        })
+    }
+
+    /// The text of all tables of this node, as the variant sees them.
+    pub fn rules(&self, variant: Variant) -> anyhow::Result<String> {
+        let save = |family: &str| {
+            let tool = format!("{family}-{}-save", variant.name());
+            self.scenario.a.output(&tool, &[])
+        };
+        Ok(format!("{}{}", save("iptables")?, save("ip6tables")?))
+    }
+
+    /// Whether kube-proxy's table of nftables is there, in either family.
+    pub fn has_nft_table(&self) -> anyhow::Result<bool> {
+        let tables = self.scenario.a.output("nft", &["list", "tables"])?;
+        Ok(tables.lines().any(|table| table.ends_with(" kube-proxy")))
+    }
+
+    /// Runs `body`; a failure shows what was going on.
+    pub fn run(
+        name: &str,
+        variant: Variant,
+        args: &[&str],
+        body: impl FnOnce(&mut Self) -> anyhow::Result<()>,
+    ) {
+        let mut cluster =
+            Self::start(name, variant, args).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+        // The cluster is dropped by the panic, and so prints the agent's log.
+        body(&mut cluster).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+    }
+}
+
+/// Stops the loads: nobody may have failed, and everybody must have been answered.
+pub fn assert_none_failed(loads: Vec<(&'static str, Load)>) -> anyhow::Result<()> {
+    let mut reports: Vec<(&str, LoadReport)> = Vec::new();
+    for (name, load) in loads {
+        reports.push((name, load.stop().context(name)?));
+    }
+    for (name, report) in &reports {
+        println!(
+            "{name}: {} answered, {} failed",
+            report.answered(),
+            report.failed
+        );
+    }
+    let is_good = |(_, report): &(&str, LoadReport)| report.failed == 0 && report.answered() > 100;
+    ensure!(reports.iter().all(is_good), "{reports:#?}");
+    Ok(())
+}

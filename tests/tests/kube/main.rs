@@ -1,0 +1,5 @@
+//! The agent and the real kube-proxy on one node: one after the other, and side by side.
+
+mod beside;
+mod cluster;
+mod swap;
