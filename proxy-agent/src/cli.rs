@@ -77,8 +77,8 @@ pub enum Command {
     Check(Check),
     /// Print what `run` would change, and change nothing. Exit code 2 if there is anything
     Plan(Plan),
-    /// Remove hooks, pins and the directory; refused while an agent runs
-    Cleanup,
+    /// Remove hooks, pins, the directory and rules; refused while an agent runs
+    Cleanup(Cleanup),
     /// Connect to the canary address from this cgroup: a child of `run`
     #[command(hide = true)]
     SelfTest {
@@ -286,6 +286,14 @@ pub struct Plan {
     /// How to print it
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     pub output: Output,
+}
+
+/// `cleanup`.
+#[derive(Debug, Args)]
+pub struct Cleanup {
+    /// Remove what kube-proxy left instead, of any of its modes: also beside a running agent, whose rules stay
+    #[arg(long)]
+    pub kube_proxy: bool,
 }
 
 /// ADDRESS:PORT/PROTO.

@@ -42,7 +42,7 @@ mod packet;
 pub mod place;
 mod programs_log;
 pub mod reaper;
-mod rival;
+pub mod rival;
 pub mod self_test;
 mod servers;
 pub mod socket;

@@ -11,6 +11,7 @@ use crate::{
         iptables::{
             self,
             host::{self, Host, Owner},
+            leftovers,
         },
     },
     cli, daemon,
@@ -181,14 +182,37 @@ pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
 /// `cleanup`.
 ///
 /// # Errors
-/// An agent runs, or the kernel refuses.
-pub fn cleanup(global: &cli::Global) -> Result<ExitCode, Error> {
+/// An agent runs, or the kernel refuses; with `--kube-proxy`, another proxy runs, or no agent's rules serve the node.
+pub fn cleanup(global: &cli::Global, args: &cli::Cleanup) -> Result<ExitCode, Error> {
+    let another = daemon::rival::answer();
+    if args.kube_proxy {
+        return clean_up_kube_proxy(another.as_deref());
+    }
     kernel::cleanup(&global.bpf_dir)?;
-    match Host::find(Owner::take()?) {
-        Ok(host) => drop(iptables::remove_own(host)?),
+    // One in mode nftables shares nothing with us.
+    let is_beside = another.is_some_and(|mode| mode != "nftables");
+    match Host::find(Some(Owner::take()?)) {
+        Ok(host) => drop(iptables::remove_own(host, is_beside)?),
         // Without the tools nobody can have made rules.
         Err(backends::Error::Unusable(_)) => {}
         Err(error) => return Err(error.into()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn clean_up_kube_proxy(another: Option<&str>) -> Result<ExitCode, Error> {
+    if let Some(mode) = another {
+        let text = format!(
+            "another proxy serves this node (mode {mode}): stop it first, its rules are in use"
+        );
+        return Err(backends::Error::Unusable(text).into());
+    }
+    let mut host = Host::find(None)?;
+    for what in leftovers::remove(&mut host)? {
+        tracing::info!(what, "removed");
+    }
+    if leftovers::remove_link()? {
+        tracing::info!(what = "link kube-ipvs0", "removed");
     }
     Ok(ExitCode::SUCCESS)
 }

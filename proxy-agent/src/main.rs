@@ -45,7 +45,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Explain(explain) => debug::explain(global, explain)?,
         Command::Check(check) => debug::check(global, check)?,
         Command::Plan(plan) => debug::plan(global, plan)?,
-        Command::Cleanup => debug::cleanup(global)?,
+        Command::Cleanup(cleanup) => debug::cleanup(global, cleanup)?,
         Command::SelfTest { cgroup } => {
             daemon::self_test::connect_from(cgroup).map_err(anyhow::Error::msg)?;
             ExitCode::SUCCESS

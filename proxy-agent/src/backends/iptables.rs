@@ -19,6 +19,7 @@ mod describe;
 mod draft;
 pub mod host;
 mod known;
+pub mod leftovers;
 pub mod names;
 mod remove;
 pub mod rival;

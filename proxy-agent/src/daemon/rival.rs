@@ -19,6 +19,7 @@ use crate::{
         iptables::{
             IptablesBackend,
             host::Host,
+            remove_own,
             rival::{Rivals, Sign, Stance, nft},
             watch::Watched,
         },
@@ -45,7 +46,10 @@ pub fn look_out(own: SocketAddr, patience: Duration) -> io::Result<Rivals> {
     let own = SocketAddr::new(reachable(own.ip()), own.port());
     let mut addresses = vec![KUBE_PROXY, own];
     addresses.dedup();
-    let answers = move || addresses.iter().any(|address| is_foreign(*address));
+    let answers = move || {
+        let mut modes = addresses.iter().map(|address| foreign_mode(*address));
+        modes.any(|mode| mode.is_some())
+    };
     let proxy_mode = Arc::new(AtomicBool::new(answers()));
     let told = Arc::downgrade(&proxy_mode);
     thread::Builder::new()
@@ -71,9 +75,15 @@ fn reachable(address: IpAddr) -> IpAddr {
     }
 }
 
-fn is_foreign(address: SocketAddr) -> bool {
+/// What another proxy at kube-proxy's port calls its mode; none if nobody is there, or an agent of our kind.
+pub fn answer() -> Option<String> {
+    foreign_mode(KUBE_PROXY)
+}
+
+fn foreign_mode(address: SocketAddr) -> Option<String> {
     // Nobody there, or nobody who answers: no sign.
-    ask(address).is_ok_and(|answer| speaks_of_another(&answer))
+    let answer = ask(address).ok()?;
+    mode_of_another(&answer).map(str::to_owned)
 }
 
 fn ask(address: SocketAddr) -> io::Result<String> {
@@ -86,11 +96,9 @@ fn ask(address: SocketAddr) -> io::Result<String> {
     Ok(answer)
 }
 
-/// Whether this is a proxy's answer, one word, and not an agent's of our kind.
-fn speaks_of_another(answer: &str) -> bool {
-    let Some((head, body)) = answer.split_once("\r\n\r\n") else {
-        return false;
-    };
+/// The one word that a proxy answers, unless it is an agent of our kind.
+fn mode_of_another(answer: &str) -> Option<&str> {
+    let (head, body) = answer.split_once("\r\n\r\n")?;
     let mut lines = head.lines();
     let is_ok = lines
         .next()
@@ -101,7 +109,7 @@ fn speaks_of_another(answer: &str) -> bool {
     });
     let word = body.trim();
     let is_word = !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric());
-    is_ok && !is_ours && is_word
+    (is_ok && !is_ours && is_word).then_some(word)
 }
 
 /// What the thread of the packet layer does about other proxies.
@@ -110,6 +118,8 @@ pub struct Beside {
     give_way: watch::Sender<bool>,
     metrics: Arc<Metrics>,
     told: Stance,
+    /// Our rules are still to go.
+    leaves: bool,
     /// What could not be removed, told once.
     trouble: Option<String>,
 }
@@ -124,6 +134,7 @@ impl Beside {
             give_way,
             metrics,
             told: Stance::Serve,
+            leaves: false,
             trouble: None,
         }
     }
@@ -136,14 +147,16 @@ impl Beside {
         let stance = rivals.decision().stance();
         let wants_clearing = rivals.decision().wants_clearing();
         self.tell(stance);
+        if self.leaves {
+            // Nobody keeps them true any more, and they would translate beside its table.
+            let done = remove_own(backend.tables_mut(), false);
+            self.leaves = self.keep(done).is_none();
+        }
         // Never before our own rules serve everything.
         if wants_clearing && status.is_serving {
-            match clear(backend) {
-                Ok(()) => {
-                    self.trouble = None;
-                    backend.rivals_cleared();
-                }
-                Err(error) => self.complain(&format!("{error:#}")),
+            let done = clear(backend);
+            if self.keep(done).is_some() {
+                backend.rivals_cleared();
             }
         }
     }
@@ -153,10 +166,24 @@ impl Beside {
         matches!(self.told, Stance::Observe(_))
     }
 
-    fn complain(&mut self, error: &str) {
-        if self.trouble.as_deref() != Some(error) {
-            tracing::warn!(error, "what kube-proxy left stays for now; trying again");
-            self.trouble = Some(error.to_owned());
+    /// An error is tried again twice a second, and told once.
+    fn keep<T>(&mut self, done: Result<T, Error>) -> Option<T> {
+        match done {
+            Ok(value) => {
+                self.trouble = None;
+                Some(value)
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                if self.trouble.as_ref() != Some(&error) {
+                    tracing::warn!(
+                        error,
+                        "cannot clear away for another proxy, or after it; trying again"
+                    );
+                    self.trouble = Some(error);
+                }
+                None
+            }
         }
     }
 
@@ -180,6 +207,7 @@ impl Beside {
                 tracing::info!("no other proxy serves this node any more: taking over");
             }
         }
+        self.leaves = stance == Stance::Observe(Sign::NftTable);
         let gives_way = matches!(stance, Stance::Observe(_));
         self.give_way.send_replace(gives_way);
     }
@@ -233,7 +261,7 @@ mod tests {
             ("SSH-2.0-OpenSSH_9.2\r\n", false),
             ("", false),
         ] {
-            assert_eq!(speaks_of_another(answer), expected, "{answer:?}");
+            assert_eq!(mode_of_another(answer).is_some(), expected, "{answer:?}");
         }
     }
 
@@ -249,10 +277,10 @@ mod tests {
                 assert!(request[..read].starts_with(b"GET /proxyMode "));
                 stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nipvs").unwrap();
             });
-            assert!(is_foreign(address));
+            assert_eq!(foreign_mode(address).as_deref(), Some("ipvs"));
         });
         drop(listener);
-        assert!(!is_foreign(address));
+        assert_eq!(foreign_mode(address), None);
     }
 
     #[test]

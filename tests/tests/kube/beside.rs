@@ -41,6 +41,13 @@ fn beside(name: &str, mode: Mode, variant: Variant) {
         let is_nft = mode == Mode::Nftables;
         ensure!(rules.contains(" -> ") != is_nft, "{rules}");
         ensure!(c.has_nft_table()? == is_nft);
+        if is_nft {
+            wait_for("our rules are gone beside its table", SOON, || {
+                let rules = c.rules(variant)?;
+                ensure!(!rules.contains("PROXY-AGENT-"), "{rules}");
+                Ok(())
+            })?;
+        }
 
         kube_proxy.kill9()?;
         c.wait_log(TAKING_OVER)?;

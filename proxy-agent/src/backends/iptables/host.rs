@@ -26,7 +26,8 @@ pub use variant::Variant;
 /// How long a tool waits for the lock that all of them share, seconds.
 const LOCK_WAIT_SECONDS: u32 = 5;
 
-/// The tools of one variant, and `ipset` where there is one. No other agent has them in this network namespace.
+/// The tools of one variant, and `ipset` where there is one. With an owner, no other agent has them in this network
+/// namespace; without, nothing may be changed that an agent writes.
 #[derive(Clone, Debug)]
 pub struct Host {
     variant: Variant,
@@ -34,7 +35,7 @@ pub struct Host {
     version: String,
     ipset: Option<PathBuf>,
     features: Features,
-    _owner: Arc<Owner>,
+    _owner: Option<Arc<Owner>>,
 }
 
 impl Host {
@@ -43,7 +44,7 @@ impl Host {
     /// # Errors
     /// There are none, or they do not work here: the text says which package brings them.
     pub fn open(owner: Owner) -> Result<Self, Error> {
-        let mut host = Self::find(owner)?;
+        let mut host = Self::find(Some(owner))?;
         host.features = probe::features(&mut host)?;
         Ok(host)
     }
@@ -52,7 +53,7 @@ impl Host {
     ///
     /// # Errors
     /// As for [`Host::open`].
-    pub fn find(owner: Owner) -> Result<Self, Error> {
+    pub fn find(owner: Option<Owner>) -> Result<Self, Error> {
         let variant::Choice {
             variant,
             why,
@@ -64,7 +65,7 @@ impl Host {
             version,
             ipset: run::find("ipset"),
             features: Features::default(),
-            _owner: Arc::new(owner),
+            _owner: owner.map(Arc::new),
         })
     }
 
@@ -100,12 +101,7 @@ impl Host {
 
 impl Tables for Host {
     fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
-        let tool = self.tool(family, "save")?;
-        let output = run(&tool, &["-t", &table.to_string()], "")?;
-        if output.success {
-            return Ok(output.stdout);
-        }
-        Err(run::failed(&tool, &output))
+        self.save_of(family, &table.to_string())
     }
 
     fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {
@@ -153,6 +149,41 @@ impl Host {
             line: refusal::line(&output.stderr),
             message: refusal::message(&output.stderr),
         })
+    }
+
+    /// As [`Tables::save`], for any table.
+    ///
+    /// # Errors
+    /// The tool could not be run, or failed.
+    pub fn save_of(&self, family: Family, table: &str) -> Result<String, Error> {
+        let tool = self.tool(family, "save")?;
+        let output = run(&tool, &["-t", table], "")?;
+        if output.success {
+            return Ok(output.stdout);
+        }
+        Err(run::failed(&tool, &output))
+    }
+
+    /// All address sets, whosever they are; none without `ipset`.
+    ///
+    /// # Errors
+    /// The tool could not be run.
+    pub fn names_of_sets(&self) -> Result<Vec<String>, Error> {
+        let Some(ipset) = &self.ipset else {
+            return Ok(Vec::new());
+        };
+        let output = run(ipset, &["list", "-name"], "")?;
+        // Without the kernel's part of it there are none.
+        let names = output.stdout.lines().filter(|_| output.success);
+        Ok(names.map(str::to_owned).collect())
+    }
+
+    /// Destroys a set, unless a rule uses it; says whether it did.
+    ///
+    /// # Errors
+    /// The tool could not be run.
+    pub fn destroy_set(&self, name: &str) -> Result<bool, Error> {
+        Ok(run(self.ipset()?, &["destroy", name], "")?.success)
     }
 
     fn change_sets(&self, text: &str) -> Result<(), Error> {

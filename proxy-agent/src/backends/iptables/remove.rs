@@ -1,31 +1,25 @@
 //! Taking the rules of a packet layer away: `cleanup`, and an agent that runs without one.
 
-use super::{
-    IptablesBackend, Key, Rules,
-    tables::{Table, Tables},
-};
+use super::{IptablesBackend, Key, Rules, tables::Tables};
 use crate::{
     backends::{Backend as _, Error},
     plan::Plan,
-    state::{DesiredState, Family},
+    state::DesiredState,
 };
 
-/// A chain that kube-proxy keeps to learn when somebody flushes its rules (pkg/util/iptables/monitor.go).
-const CANARY: &str = ":KUBE-PROXY-CANARY ";
-
 /// Removes every chain of ours, those that kube-proxy has too among them, what leads to them, and the address sets; nothing
-/// where no agent left any. Beside a kube-proxy only chains that no kube-proxy makes. Says how many entries that were.
+/// where no agent left any. Beside a proxy that shares chains with us, by its canary or because the caller knows that it
+/// `is_beside` one, only chains that no kube-proxy makes. Says how many entries that were.
 ///
 /// # Errors
 /// A table could not be read or changed.
-pub fn remove_own<T: Tables>(tables: T) -> Result<usize, Error> {
+pub fn remove_own<T: Tables>(tables: T, is_beside: bool) -> Result<usize, Error> {
     let mut backend = IptablesBackend::new(tables, Rules::any());
     let found = backend.observe()?;
     if !found.keys().any(Key::is_ours_alone) {
         return Ok(0);
     }
-    let nat = backend.tables.save(Family::V4, Table::Nat)?;
-    let is_beside = nat.contains(CANARY);
+    let is_beside = is_beside || backend.has_canaries();
     let mut plan = Plan {
         upserts: Vec::new(),
         deletions: found

@@ -29,7 +29,7 @@ const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
 pub enum Sign {
     /// It answers `/proxyMode`.
     ProxyMode,
-    /// Table `kube-proxy` of nftables came back.
+    /// Table `kube-proxy` of nftables came back, and dispatches to Services.
     NftTable,
     /// The chain KUBE-PROXY-CANARY came back.
     Canary,
@@ -191,7 +191,7 @@ impl Rivals {
         let seen = Seen {
             proxy_mode: self.proxy_mode.load(Ordering::Relaxed),
             // Without nftables in the kernel there is no such table.
-            nft_table: nft::is_there().unwrap_or(false),
+            nft_table: nft::serves().unwrap_or(false),
             canary,
             rules,
         };

@@ -56,6 +56,28 @@ fn place(line: Option<usize>) -> String {
     line.map_or("the rules".to_owned(), |line| format!("line {line}"))
 }
 
+impl<T: Tables> Tables for &mut T {
+    fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
+        (**self).save(family, table)
+    }
+
+    fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {
+        (**self).restore(family, table, text)
+    }
+
+    fn sets(&mut self) -> Result<BTreeSet<AddressSet>, Error> {
+        (**self).sets()
+    }
+
+    fn create_sets(&mut self, sets: &BTreeSet<AddressSet>) -> Result<(), Error> {
+        (**self).create_sets(sets)
+    }
+
+    fn destroy_sets(&mut self, sets: &BTreeSet<AddressSet>) -> Result<(), Error> {
+        (**self).destroy_sets(sets)
+    }
+}
+
 /// The tables of one network namespace.
 pub trait Tables {
     /// Text of `iptables-save -t TABLE` (`ip6tables-save` for IPv6).

@@ -27,7 +27,7 @@ fn host(variant: Variant) -> Host {
         version: variant::choose().expect("iptables").version,
         ipset: run::find("ipset"),
         features: Features::default(),
-        _owner: Arc::new(Owner::take().expect("a namespace of its own")),
+        _owner: Some(Arc::new(Owner::take().expect("a namespace of its own"))),
     }
 }
 
@@ -136,7 +136,7 @@ fn everything_of_ours_can_be_removed_and_nothing_else() {
         let mut backend = backend(host);
         let state = everything();
         bring(&mut backend, &state);
-        assert!(remove_own(host.clone()).unwrap() > 100);
+        assert!(remove_own(host.clone(), false).unwrap() > 100);
         // kubelet has the guard of 127.0.0.0/8 as well: it stays, as kube-proxy leaves it.
         let left: Vec<String> = backend
             .observe()
@@ -178,7 +178,7 @@ fn what_a_kube_proxy_may_use_stays_beside_one() {
             host.restore(family, Table::Filter, own).unwrap();
         }
         let before = host.save(Family::V4, Table::Nat).unwrap();
-        assert!(remove_own(host.clone()).unwrap() > 0);
+        assert!(remove_own(host.clone(), false).unwrap() > 0);
         let rules = |text: &str| text.lines().filter(|line| line.starts_with("-A")).count();
         let after = host.save(Family::V4, Table::Nat).unwrap();
         assert_eq!(rules(&after), rules(&before), "{after}");
@@ -270,7 +270,7 @@ fn the_holder_of_the_lock_is_named() {
 #[ignore = "needs root"]
 fn a_network_namespace_has_one_agent() {
     in_namespace(|| {
-        let first = Host::find(Owner::take().unwrap()).unwrap();
+        let first = Host::find(Some(Owner::take().unwrap())).unwrap();
         let error = Owner::take().unwrap_err().to_string();
         assert!(error.contains("stop it first"), "{error}");
         drop(first);

@@ -8,20 +8,34 @@ use crate::backends::nfnetlink::{ACK, BUFFER_BYTES, Message, Requests, Socket, W
 const SUBSYSTEM: u8 = 10;
 const GETTABLE: u16 = kind(SUBSYSTEM, 1);
 const DELTABLE: u16 = kind(SUBSYSTEM, 2);
-/// `NFTA_TABLE_NAME`.
-const NAME: u16 = 1;
+const GETCHAIN: u16 = kind(SUBSYSTEM, 4);
+/// `NFTA_TABLE_NAME`, `NFTA_CHAIN_TABLE`.
+const TABLE: u16 = 1;
+/// `NFTA_CHAIN_NAME`.
+const CHAIN: u16 = 3;
 
 /// Its name in both families (pkg/proxy/nftables/proxier.go, `kubeProxyTable`).
-const TABLE: &[u8] = b"kube-proxy\0";
+const NAME: &[u8] = b"kube-proxy\0";
+/// Its chain that dispatches to Services (`servicesChain`), which is made together with all others.
+const SERVICES: &[u8] = b"services\0";
 /// `NFPROTO_IPV4` and `NFPROTO_IPV6`.
 const FAMILIES: [u8; 2] = [2, 10];
 
-/// Whether it is there, in either family. Costs microseconds.
+/// Whether it is there and dispatches to Services, in either family. Costs microseconds.
 ///
 /// # Errors
 /// The kernel has no nfnetlink.
-pub fn is_there() -> io::Result<bool> {
-    Ok(!families()?.is_empty())
+pub fn serves() -> io::Result<bool> {
+    for family in FAMILIES {
+        let is_there = has(GETCHAIN, family, |writer| {
+            writer.put(TABLE, NAME);
+            writer.put(CHAIN, SERVICES);
+        });
+        if is_there? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Removes it with all that is in it; says whether there was one.
@@ -29,40 +43,36 @@ pub fn is_there() -> io::Result<bool> {
 /// # Errors
 /// CAP_NET_ADMIN is missing.
 pub fn remove() -> io::Result<bool> {
-    let families = families()?;
-    let mut requests = Requests::default();
-    for &family in &families {
-        requests.transaction(SUBSYSTEM, |requests| {
-            requests.push(DELTABLE, ACK, family, name);
-        });
-        answer(&requests)?;
-        requests.clear();
-    }
-    Ok(!families.is_empty())
-}
-
-fn families() -> io::Result<Vec<u8>> {
-    let mut found = Vec::new();
+    let name = |writer: &mut Writer<'_>| writer.put(TABLE, NAME);
+    let mut was_there = false;
     for family in FAMILIES {
-        let mut requests = Requests::default();
-        requests.push(GETTABLE, ACK, family, name);
-        match answer(&requests) {
-            Ok(()) => found.push(family),
-            // Also from a kernel without nftables.
-            Err(error) if is_absent(&error) => {}
-            Err(error) => return Err(error),
+        if has(GETTABLE, family, name)? {
+            let mut requests = Requests::default();
+            requests.transaction(SUBSYSTEM, |requests| {
+                requests.push(DELTABLE, ACK, family, name);
+            });
+            answer(&requests)?;
+            was_there = true;
         }
     }
-    Ok(found)
+    Ok(was_there)
+}
+
+/// Whether the kernel has what a request asks for.
+fn has(kind: u16, family: u8, fill: impl FnOnce(&mut Writer<'_>)) -> io::Result<bool> {
+    let mut requests = Requests::default();
+    requests.push(kind, ACK, family, fill);
+    match answer(&requests) {
+        Ok(()) => Ok(true),
+        // Also from a kernel without nftables.
+        Err(error) if is_absent(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn is_absent(error: &io::Error) -> bool {
     use nix::libc::{EINVAL, ENOENT, EOPNOTSUPP};
     matches!(error.raw_os_error(), Some(ENOENT | EINVAL | EOPNOTSUPP))
-}
-
-fn name(writer: &mut Writer<'_>) {
-    writer.put(NAME, TABLE);
 }
 
 /// Sends `requests`, of which one is to be acknowledged, and waits for that.
@@ -90,25 +100,26 @@ mod tests {
 
     #[test]
     #[ignore = "needs root"]
-    fn both_tables_are_seen_and_removed_and_no_other_one() {
+    fn tables_of_both_families_are_seen_and_removed_and_no_other_one() {
         in_namespace(|| {
             let nft = |line: &str| {
                 let output = Command::new("nft").arg(line).output().unwrap();
                 assert!(output.status.success(), "{line}: {output:?}");
                 String::from_utf8(output.stdout).unwrap()
             };
-            assert!(!is_there().unwrap());
+            assert!(!serves().unwrap());
             assert!(!remove().unwrap());
             nft("add table ip mine");
             for family in ["ip", "ip6"] {
                 nft(&format!("add table {family} kube-proxy"));
-                nft(&format!(
-                    "add chain {family} kube-proxy services {{ type nat hook prerouting priority -100 ; }}"
-                ));
-                assert!(is_there().unwrap(), "{family}");
+                assert!(!serves().unwrap(), "empty");
+                nft(&format!("add chain {family} kube-proxy services"));
+                assert!(serves().unwrap(), "{family}");
+                nft(&format!("delete chain {family} kube-proxy services"));
             }
+            nft("add chain ip6 kube-proxy services");
             assert!(remove().unwrap());
-            assert!(!is_there().unwrap());
+            assert!(!serves().unwrap());
             assert_eq!(nft("list tables").trim(), "table ip mine");
         });
     }
