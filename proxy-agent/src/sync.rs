@@ -24,9 +24,11 @@ use crate::{
 
 mod compiled;
 mod inbox;
+mod quarrel;
 
 pub use compiled::Compiled;
 pub use inbox::{Inbox, Scope, Turn};
+use quarrel::Quarrel;
 
 /// Wait after the first of a row of errors; doubles with each.
 const FIRST_RETRY: Duration = Duration::from_millis(10);
@@ -74,6 +76,7 @@ pub struct Layer<B: Backend> {
     changes: i64,
     failures: u32,
     audit_at: Instant,
+    quarrel: Quarrel,
     /// Shortest time from one change of the kernel to the next.
     pace: Duration,
     status: watch::Sender<SyncStatus>,
@@ -102,6 +105,7 @@ impl<B: Backend> Layer<B> {
             changes: 0,
             failures: 0,
             audit_at: now + AUDIT_EVERY,
+            quarrel: Quarrel::default(),
             pace: Duration::ZERO,
             status: watch::Sender::new(SyncStatus {
                 layer: name,
@@ -170,15 +174,16 @@ impl<B: Backend> Layer<B> {
         }
     }
 
-    /// Has the audit come first of all. What was not read yet, or will be after an error, needs none.
+    /// Has the audit come first of all, unless somebody undoes every repair. What was not read yet, or will be after an
+    /// error, needs none.
     fn hasten(&mut self, now: Instant, due: Due) -> Due {
         if self.observed.is_none() {
             return due;
         }
-        self.audit_at = now;
+        self.audit_at = self.audit_at.min(self.quarrel.next(now));
         Due {
             not_before: due.not_before,
-            until: now,
+            until: due.until.min(self.audit_at),
         }
     }
 
@@ -242,6 +247,7 @@ impl<B: Backend> Layer<B> {
             Some(believed) => {
                 let drift = diff(&found, believed).len();
                 if drift > 0 {
+                    self.quarrel.repaired(now);
                     self.metrics.drift_repairs.inc_by(drift as u64);
                     tracing::warn!(
                         layer = self.name,
