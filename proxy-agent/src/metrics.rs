@@ -94,6 +94,8 @@ metrics! {
     left_out: Gauge = Gauge::default() => "left_out";
     /// UDP flows that were forgotten because the endpoint that they led to no longer serves
     conntrack_flows_deleted: Counter = Counter::default() => "conntrack_flows_deleted";
+    /// Seconds from asking the kernel for its flows to the end of a clean-up
+    conntrack_cleanup_duration: Histogram = Histogram::new(exponential_buckets(0.001, 2.0, 15)) => "conntrack_cleanup_duration_seconds";
     /// Errors of the sources: files that cannot be read or understood, watches that broke
     source_errors: Counter = Counter::default() => "source_errors";
     /// Entries in use, by map

@@ -2,6 +2,7 @@
 
 pub mod cluster;
 pub mod connect;
+pub mod conntrack;
 pub mod engine;
 pub mod memory;
 pub mod report;

@@ -11,7 +11,7 @@ use std::{
     io,
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -77,11 +77,13 @@ pub struct Cleaner {
 type Changed = BTreeMap<ServicePort, ServiceState>;
 
 impl Cleaner {
-    /// Starts the thread, which ends when the cleaner is dropped; `tell` is given what each look did.
+    /// Starts the thread, which ends when the cleaner is dropped; `tell` is given what each look did, and how long it took.
     ///
     /// # Errors
     /// No thread to be had.
-    pub fn start(tell: impl FnMut(Result<Cleaned, Error>) + Send + 'static) -> io::Result<Self> {
+    pub fn start(
+        tell: impl FnMut(Result<Cleaned, Error>, Duration) + Send + 'static,
+    ) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
         let work = move || run(&receiver, tell);
         thread::Builder::new()
@@ -129,7 +131,7 @@ fn without_backends(service: &ServiceState) -> ServiceState {
 }
 
 /// Takes together what has come meanwhile, and tries again what failed.
-fn run(changes: &Receiver<Changed>, mut tell: impl FnMut(Result<Cleaned, Error>)) {
+fn run(changes: &Receiver<Changed>, mut tell: impl FnMut(Result<Cleaned, Error>, Duration)) {
     let mut waiting = Changed::new();
     loop {
         let changed = match waiting.is_empty() {
@@ -142,13 +144,14 @@ fn run(changes: &Receiver<Changed>, mut tell: impl FnMut(Result<Cleaned, Error>)
             Err(RecvTimeoutError::Disconnected) => return,
         }
         waiting.extend(changes.try_iter().flatten());
+        let start = Instant::now();
         let cleaned = own_addresses()
             .map_err(failed)
             .and_then(|own| clean(&Answers::of(waiting.values(), own)));
         if cleaned.is_ok() {
             waiting.clear();
         }
-        tell(cleaned);
+        tell(cleaned, start.elapsed());
         thread::sleep(PACE);
     }
 }

@@ -89,8 +89,10 @@ pub fn start(
 /// Forgets the UDP flows of endpoints that no longer serve, and counts them.
 fn cleaner(metrics: &Metrics) -> io::Result<Cleaner> {
     let deleted = metrics.conntrack_flows_deleted.clone();
-    Cleaner::start(move |cleaned| match cleaned {
+    let duration = metrics.conntrack_cleanup_duration.clone();
+    Cleaner::start(move |cleaned, elapsed| match cleaned {
         Ok(cleaned) => {
+            duration.observe(elapsed.as_secs_f64());
             deleted.inc_by(cleaned.deleted);
             if cleaned.kept > 0 {
                 tracing::warn!(

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::Parser;
-use proxy_tests::bench::{connect, memory, start, update};
+use proxy_tests::bench::{connect, conntrack, memory, start, update};
 
 /// Benches of proxy-agent.
 #[derive(Debug, Parser)]
@@ -19,6 +19,8 @@ enum Bench {
     Start,
     /// Resident memory after both.
     Memory,
+    /// A million UDP flows, one in a hundred of them stale.
+    Conntrack,
     /// The server process of `connect`.
     #[command(hide = true)]
     ConnectServer { address: SocketAddr },
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Bench::Update => update::run(),
         Bench::Start => start::run(),
         Bench::Memory => memory::run(),
+        Bench::Conntrack => conntrack::run(),
         Bench::ConnectServer { address } => connect::serve(address).map(|()| true),
         Bench::ConnectClient { server, services } => {
             connect::client(server, services).map(|()| true)

@@ -182,7 +182,7 @@ fn a_client_that_keeps_its_port_reaches_the_new_endpoint() {
             run(command);
         }
         let (sender, cleaned) = mpsc::channel();
-        let mut cleaner = Cleaner::start(move |cleaned| sender.send(cleaned).unwrap()).unwrap();
+        let mut cleaner = Cleaner::start(move |cleaned, _| sender.send(cleaned).unwrap()).unwrap();
         for World {
             vip,
             old,
