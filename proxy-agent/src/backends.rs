@@ -20,6 +20,7 @@ mod in_namespace;
 pub mod iptables;
 pub mod memory;
 pub mod nfnetlink;
+pub mod process;
 
 /// Something that forwards traffic as a [`DesiredState`] says.
 ///

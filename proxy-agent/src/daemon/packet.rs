@@ -19,7 +19,7 @@ use crate::{
             rules::{LocalPods, NodePorts, Rules},
             watch::Watched,
         },
-        own_addresses,
+        own_addresses, process,
     },
     cli::{DetectLocalMode, Packet, Run},
     compile::Compiler,
@@ -36,6 +36,9 @@ pub enum Place {
     /// The socket layer, which serves the node's own node ports on loopback without `route_localnet`.
     BesideSockets,
 }
+
+/// Beside the socket layer this one gets a tenth of a core that both want: its tools compute for seconds.
+const NICE: i32 = 10;
 
 /// Starts the thread.
 ///
@@ -61,6 +64,11 @@ pub fn start(
     let flows = RefCell::new(cleaner(metrics).map_err(super::start("the conntrack clean-up"))?);
     let metrics = Arc::clone(metrics);
     let work = move || {
+        if place == Place::BesideSockets
+            && let Err(error) = process::give_way(NICE)
+        {
+            tracing::warn!(%error, "the packet layer competes with the socket layer for the cores");
+        }
         let mut compiler = Compiler::default();
         let compile = |scope: &Scope| {
             let compiled = feed.compile(&mut compiler, scope, &metrics);

@@ -15,7 +15,11 @@ use super::{MB, resident};
 use crate::{
     Agent, Manifests, Node, Topology,
     agent::{HEALTHZ, METRICS},
-    bench::{cluster::Cluster, engine, report::Report},
+    bench::{
+        cluster::Cluster,
+        engine,
+        report::{Report, Target},
+    },
     wait_for,
 };
 
@@ -79,7 +83,14 @@ pub fn rows(report: &mut Report) -> Result<()> {
                 }
             },
         )?;
-        report.row(row(&agent, "after each Service changed once")?);
+        let last = row(&agent, "after each Service changed once")?;
+        let resident = last["resident_mb"].as_f64().context("no number")?;
+        report.row(last);
+        report.target(Target::at_most(
+            format!("resident, the whole agent with both layers, {name}, MB"),
+            resident,
+            100.0,
+        ));
         agent.stop()?;
     }
     Ok(())
