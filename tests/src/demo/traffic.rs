@@ -14,6 +14,9 @@ use anyhow::{Context, ensure};
 
 use crate::{Place, wait_for};
 
+/// The Service that steps inside the cluster use.
+pub(super) const WEB: &str = "http://10.96.0.80/";
+
 /// Answers by pod, and requests without one.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Counts {
@@ -23,8 +26,8 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    /// Takes in a line of curl's output: a pod's name, or "<status> <error>" as [`ARGS`] asks for.
-    fn take(&mut self, line: &str) {
+    /// Takes in a line of curl's output: a pod's name, perhaps with the source it saw, or "<status> <error>" as [`ARGS`] asks for.
+    pub(super) fn take(&mut self, line: &str) {
         match line.split_once(' ') {
             None if line.is_empty() => {}
             Some(("200", _)) => {}
@@ -44,6 +47,15 @@ impl Counts {
     /// When `pod` answered last.
     pub(super) fn last(&self, pod: &str) -> Option<Instant> {
         self.last.get(pod).copied()
+    }
+
+    /// "0 failed of 1000", with the first failure.
+    pub(super) fn verdict(&self) -> String {
+        let text = format!("{} failed of {}", self.failures.len(), self.total());
+        match self.failures.first() {
+            Some(first) => format!("{text} ({first})"),
+            None => text,
+        }
     }
 
     /// "web-1 99, web-2 101; 0 failed".
