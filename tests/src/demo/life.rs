@@ -59,7 +59,7 @@ pub(super) fn change_under_load(cluster: &mut Cluster) -> Seen {
     let back = wait_answer(&traffic, "web-3", added)?;
     println!("# its first answer: {} ms later", back.as_millis());
     traffic.wait_more(500)?;
-    let counts = traffic.stop();
+    let counts = traffic.stop()?;
     let passed = counts.failures.is_empty() && after < soon(cluster.mode);
     let (after, back) = (after.as_millis(), back.as_millis());
     let seen = counts.verdict();
@@ -84,7 +84,7 @@ pub(super) fn replace_under_load(cluster: &mut Cluster) -> Seen {
     let restored = Instant::now();
     cluster.replace_public(false)?;
     wait_answer(&traffic, "web-3", restored)?;
-    let counts = traffic.stop();
+    let counts = traffic.stop()?;
     let passed = counts.failures.is_empty() && new < RULES_SOON && old < RULES_SOON;
     let seen = counts.verdict();
     Ok((
@@ -106,7 +106,7 @@ fn kill_under(cluster: &mut Cluster, place: &Place, url: &str) -> Seen {
     cluster.agent_a.spawn()?;
     cluster.agent_a.wait_ready()?;
     traffic.wait_more(300)?;
-    let counts = traffic.stop();
+    let counts = traffic.stop()?;
     let passed = counts.failures.is_empty() && without > 0;
     let seen = counts.verdict();
     Ok((format!("{seen}; {without} while it was dead"), passed))
@@ -132,7 +132,7 @@ fn switch(cluster: &mut Cluster, mode: Mode) -> Seen {
     for traffic in [&inside, &outside] {
         traffic.wait_more(200)?;
     }
-    let (inside, outside) = (inside.stop(), outside.stop());
+    let (inside, outside) = (inside.stop()?, outside.stop()?);
     let passed = inside.failures.is_empty() && outside.failures.is_empty();
     let (inside, outside) = (inside.verdict(), outside.verdict());
     Ok((

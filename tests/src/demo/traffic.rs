@@ -5,7 +5,10 @@ use std::{
     fmt::Write as _,
     io::{BufRead, BufReader},
     process::{Child, ChildStdout, Stdio},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -27,16 +30,19 @@ pub(super) struct Counts {
 
 impl Counts {
     /// Takes in a line of curl's output: a pod's name, perhaps with the source it saw, or "<status> <error>" as [`ARGS`] asks for.
-    pub(super) fn take(&mut self, line: &str) {
+    /// Whether the line is a request's last.
+    pub(super) fn take(&mut self, line: &str) -> bool {
         match line.split_once(' ') {
-            None if line.is_empty() => {}
+            None if line.is_empty() => return false,
             Some(("200", _)) => {}
             Some((status, error)) => self.failures.push(format!("{status} {error}")),
             None => {
                 *self.answers.entry(line.to_owned()).or_default() += 1;
                 self.last.insert(line.to_owned(), Instant::now());
+                return false;
             }
         }
+        true
     }
 
     /// All answers.
@@ -51,7 +57,8 @@ impl Counts {
 
     /// "0 failed of 1000", with the first failure.
     pub(super) fn verdict(&self) -> String {
-        let text = format!("{} failed of {}", self.failures.len(), self.total());
+        let failed = self.failures.len();
+        let text = format!("{failed} failed of {}", self.total() + failed as u64);
         match self.failures.first() {
             Some(first) => format!("{text} ({first})"),
             None => text,
@@ -74,8 +81,10 @@ impl Counts {
     }
 }
 
+/// After which curl gives a request up: `--max-time` of [`ARGS`].
+const LIMIT: Duration = Duration::from_secs(3);
 /// How curl reports: the body is the pod's name, then a line with the status.
-pub(super) const ARGS: [&str; 5] = ["-s", "--max-time", "3", "-w", "%{http_code} %{errormsg}\n"];
+const ARGS: [&str; 5] = ["-s", "--max-time", "3", "-w", "%{http_code} %{errormsg}\n"];
 
 /// Runs one curl to its end.
 pub(super) fn curl(place: &Place, url: &str) -> anyhow::Result<Counts> {
@@ -87,9 +96,9 @@ pub(super) fn curl(place: &Place, url: &str) -> anyhow::Result<Counts> {
         .output()
         .context("cannot run curl")?;
     let mut counts = Counts::default();
-    String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .for_each(|line| counts.take(line));
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        counts.take(line);
+    }
     Ok(counts)
 }
 
@@ -97,7 +106,15 @@ pub(super) fn curl(place: &Place, url: &str) -> anyhow::Result<Counts> {
 #[derive(Debug)]
 pub(super) struct Traffic {
     counts: Arc<Mutex<Counts>>,
-    curls: Vec<(Child, JoinHandle<()>)>,
+    curls: Vec<Curl>,
+}
+
+#[derive(Debug)]
+struct Curl {
+    child: Child,
+    /// Requests that ended, with an answer or without.
+    ended: Arc<AtomicU64>,
+    reader: JoinHandle<()>,
 }
 
 impl Traffic {
@@ -121,8 +138,14 @@ impl Traffic {
             let mut child = command.spawn().context("cannot run curl")?;
             let output = child.stdout.take().context("no pipe")?;
             let counts = traffic.counts.clone();
-            let reader = std::thread::spawn(move || read(output, &counts));
-            traffic.curls.push((child, reader));
+            let ended = Arc::<AtomicU64>::default();
+            let number = ended.clone();
+            let reader = std::thread::spawn(move || read(output, &counts, &number));
+            traffic.curls.push(Curl {
+                child,
+                ended,
+                reader,
+            });
         }
         Ok(traffic)
     }
@@ -147,20 +170,27 @@ impl Traffic {
         self.wait("more answers", |counts| counts.total() >= before + more)
     }
 
-    /// Ends it: what it saw.
-    pub(super) fn stop(mut self) -> Counts {
+    /// Ends it: what it saw. Lets every curl end what it is at first, so that no request that hangs goes uncounted.
+    pub(super) fn stop(mut self) -> anyhow::Result<Counts> {
+        for curl in &self.curls {
+            let before = curl.ended.load(Ordering::Relaxed);
+            wait_for("each curl ends a request", LIMIT * 2, || {
+                ensure!(curl.ended.load(Ordering::Relaxed) > before, "one hangs");
+                Ok(())
+            })?;
+        }
         self.end();
-        self.counts()
+        Ok(self.counts())
     }
 
     fn end(&mut self) {
-        for (child, _) in &mut self.curls {
+        for curl in &mut self.curls {
             // Gone already: nothing to do.
-            drop(child.kill());
-            drop(child.wait());
+            drop(curl.child.kill());
+            drop(curl.child.wait());
         }
-        for (_, reader) in self.curls.drain(..) {
-            drop(reader.join());
+        for curl in self.curls.drain(..) {
+            drop(curl.reader.join());
         }
     }
 }
@@ -175,8 +205,25 @@ fn lock(counts: &Mutex<Counts>) -> MutexGuard<'_, Counts> {
     counts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn read(output: ChildStdout, counts: &Mutex<Counts>) {
+fn read(output: ChildStdout, counts: &Mutex<Counts>, ended: &AtomicU64) {
     for line in BufReader::new(output).lines().map_while(Result::ok) {
-        lock(counts).take(&line);
+        if lock(counts).take(&line) {
+            ended.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_ends_with_its_status_and_fails_unless_that_is_200() {
+        let mut counts = Counts::default();
+        let lines = ["web-1", "200 ", "", "000 Connection timed out"];
+        let ends = lines.map(|line| counts.take(line));
+        assert_eq!(ends, [false, true, false, true]);
+        assert_eq!(counts.total(), 1);
+        assert_eq!(counts.verdict(), "1 failed of 2 (000 Connection timed out)");
     }
 }
