@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod bench;
 pub mod demo;
+pub mod flows;
 pub mod foreign;
 pub mod janitor;
 pub mod kube;

@@ -15,6 +15,8 @@ use crate::{Agent, Endpoint, Manifests, Node, Peer, Pod, Service, Topology, wait
 
 /// Where the pods serve TCP.
 pub const TCP_TARGET: u16 = 8080;
+/// Where the pods say over TCP which address they see, if they are asked to serve there.
+pub const SOURCES: u16 = 8081;
 /// Where the pods serve UDP.
 pub const UDP_TARGET: u16 = 5353;
 /// Port of a Service for TCP.
@@ -202,6 +204,43 @@ impl Scenario {
         let pending = "proxy_agent_changes_pending";
         self.agent
             .wait_metric(pending, "", |pending| pending == 0.0)
+    }
+
+    /// Waits until the rules hold `text`, in the family of this run, and all that came with it.
+    ///
+    /// # Errors
+    /// They do not in time.
+    pub fn wait_rules(&self, text: &str) -> anyhow::Result<()> {
+        let save = if self.v6 {
+            "ip6tables-save"
+        } else {
+            "iptables-save"
+        };
+        wait_for("the rules are there", SOON, || {
+            let rules = self.a.output(save, &[])?;
+            ensure!(
+                rules.contains(text),
+                "no {text} in\n{rules}\n{}",
+                self.agent.log()
+            );
+            Ok(())
+        })?;
+        // One table is written before the other.
+        let pending = "proxy_agent_changes_pending";
+        self.agent
+            .wait_metric(pending, "", |pending| pending == 0.0)
+    }
+
+    /// Has both servers answer at [`SOURCES`] which address they see.
+    ///
+    /// # Errors
+    /// The port is taken.
+    pub fn serve_sources(&self) -> anyhow::Result<()> {
+        for pod in [&self.near, &self.far] {
+            let address = (Ipv6Addr::UNSPECIFIED, SOURCES).into();
+            pod.peer()?.serve_tcp_sources(address, pod.name())?;
+        }
+        Ok(())
     }
 
     /// `dump services`.

@@ -5,6 +5,7 @@ mod bad_ground;
 mod cluster_ip;
 mod external;
 mod files;
+mod flows;
 mod guard;
 mod lease;
 mod node_port;
