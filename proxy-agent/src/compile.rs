@@ -17,6 +17,7 @@ use crate::{
 
 mod endpoints;
 mod frontends;
+pub mod health;
 pub mod owners;
 
 /// Something of a Service that is not carried out, and why.
@@ -116,6 +117,7 @@ pub fn service(model: &Model, owners: &Owners, name: &ServiceName) -> Outcome {
     let Some(service) = model.service(name) else {
         return outcome;
     };
+    let mut health_check_port = health::port(owners, name, service, &mut outcome.problems);
     for port in &service.ports {
         for family in service.families() {
             let key = ServicePort {
@@ -139,6 +141,7 @@ pub fn service(model: &Model, owners: &Owners, name: &ServiceName) -> Outcome {
                     .filter(|range| range.addr().is_ipv4() == (family == crate::state::Family::V4))
                     .copied()
                     .collect(),
+                health_check_port: health_check_port.take(),
                 key,
             });
         }

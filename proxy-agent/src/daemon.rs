@@ -173,7 +173,13 @@ async fn serve(
     let statuses = || layers.iter().map(LayerThread::status);
     let (cgroup, reaper_ended) = sockets.unzip();
     let (tested, self_test) = watch::channel(SelfTest::default());
-    let health = servers::health(args, statuses().collect(), self_test);
+    let health = servers::health(
+        args,
+        statuses().collect(),
+        self_test,
+        feeds.checks(),
+        &metrics,
+    );
     let metering = servers::metrics(global, args, cgroup.as_deref(), &metrics, gives_way);
 
     let result = tokio::select! {

@@ -21,6 +21,8 @@ use crate::{
     sync::SyncStatus,
 };
 
+pub mod checks;
+
 /// How often a taken port is tried again: kube-proxy's interval (cmd/kube-proxy/app/server.go, v1.36).
 const BIND_RETRY: Duration = Duration::from_secs(5);
 /// A layer that has failed for longer than this is not alive: kube-proxy's 2 × syncPeriod.

@@ -92,6 +92,8 @@ metrics! {
     problems: Gauge = Gauge::default() => "problems";
     /// Service ports whose rules iptables refuses
     left_out: Gauge = Gauge::default() => "left_out";
+    /// Health-check node ports of Services that cannot be listened at, because somebody else does or the system refuses
+    health_check_ports_failed: Gauge = Gauge::default() => "health_check_ports_failed";
     /// UDP flows that were forgotten because the endpoint that they led to no longer serves
     conntrack_flows_deleted: Counter = Counter::default() => "conntrack_flows_deleted";
     /// Seconds from asking the kernel for its flows to the end of a clean-up

@@ -212,6 +212,27 @@ pub struct ServiceState {
     pub external_policy: TrafficPolicy,
     /// `loadBalancerSourceRanges` of this family, sorted; empty means everybody.
     pub source_ranges: Vec<IpNet>,
+    /// TCP port of this node, in both families, at which load balancers ask for endpoints. It is the whole Service's, and
+    /// named by one of its service ports.
+    pub health_check_port: Option<u16>,
+}
+
+/// What a load balancer is told of a Service by this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// TCP port of the node at which it asks, host order.
+    pub port: u16,
+    /// Endpoints on this node that are ready, in each family of the Service, the primary one first; never empty.
+    pub endpoints: Vec<(Family, usize)>,
+}
+
+impl HealthCheck {
+    /// The endpoints that somebody hears of who asks over `family`: those of the primary family where the Service lacks it.
+    pub fn endpoints_in(&self, family: Family) -> usize {
+        let of_family = self.endpoints.iter().find(|(of, _)| *of == family);
+        let found = of_family.or(self.endpoints.first());
+        found.map_or(0, |(_, endpoints)| *endpoints)
+    }
 }
 
 /// An address of this node.
@@ -284,6 +305,7 @@ impl fmt::Display for ServiceState {
             internal_policy,
             external_policy,
             source_ranges,
+            health_check_port,
         } = self;
         write!(f, "{key} {} {}", key.protocol, key.family)?;
         write!(f, " internal={internal_policy} external={external_policy}")?;
@@ -292,6 +314,9 @@ impl fmt::Display for ServiceState {
         }
         for range in source_ranges {
             write!(f, " from={range}")?;
+        }
+        if let Some(port) = health_check_port {
+            write!(f, " health-check={port}")?;
         }
         writeln!(f)?;
         for frontend in frontends {

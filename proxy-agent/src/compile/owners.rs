@@ -146,9 +146,9 @@ impl Owners {
     }
 
     fn insert(&mut self, name: &ServiceName, service: &Service) -> &Holding {
-        let bids = claims(service).map(|(claim, kind)| Bid {
+        let bids = claims(service).map(|(claim, is_cluster_ip)| Bid {
             claim,
-            is_cluster_ip: Reverse(kind == FrontendKind::ClusterIp),
+            is_cluster_ip: Reverse(is_cluster_ip),
             created: service.created,
             service: name.clone(),
         });
@@ -197,11 +197,27 @@ fn add_services_with_endpoint_at(
     }
 }
 
-fn claims(service: &Service) -> impl Iterator<Item = (Claim, FrontendKind)> {
+/// Each with whether it is to a ClusterIP.
+fn claims(service: &Service) -> impl Iterator<Item = (Claim, bool)> {
     let ports = service.ports.iter();
-    ports.flat_map(move |port| {
+    let of_ports = ports.flat_map(move |port| {
         let families = service.families();
         families.flat_map(move |family| claims_of(service, port, family))
+    });
+    let of_ports = of_ports.map(|(claim, kind)| (claim, kind == FrontendKind::ClusterIp));
+    of_ports.chain(health_check_claims(service).map(|claim| (claim, false)))
+}
+
+/// The port at which load balancers ask is taken from the node ports, in both families whichever the Service has.
+pub(super) fn health_check_claims(service: &Service) -> impl Iterator<Item = Claim> {
+    let families = [Family::V4, Family::V6].into_iter();
+    let port = service.health_check_port;
+    families.filter_map(move |family| {
+        Some(Claim {
+            address: family.unspecified(),
+            port: port?,
+            protocol: Protocol::Tcp,
+        })
     })
 }
 

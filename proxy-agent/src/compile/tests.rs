@@ -259,6 +259,50 @@ fn a_vip_moves_between_services_in_one_step() {
 }
 
 #[test]
+fn load_balancers_hear_of_ready_endpoints_on_this_node() {
+    let mut follower = Follower::new();
+    let spec = json!({
+        "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000,
+        "ports": [{"name": "http", "port": 80}, {"name": "more", "port": 81}],
+    });
+    follower.service("a", service_object("a", "10.96.0.1", "", spec));
+    let endpoint = |ip: &str, node: &str, ready: bool| {
+        let conditions = json!({"ready": ready, "serving": true, "terminating": !ready});
+        json!({"addresses": [ip], "nodeName": node, "conditions": conditions})
+    };
+    let endpoints = json!([
+        endpoint("10.244.0.1", HERE, true),
+        endpoint("10.244.0.2", HERE, false),
+        endpoint("10.244.0.3", "node-b", true),
+    ]);
+    follower.slice("a-1", slice_object("a-1", "a", endpoints));
+    // The same pod once more.
+    let again = json!([endpoint("10.244.0.1", HERE, true)]);
+    follower.slice("a-2", slice_object("a-2", "a", again));
+    let check = health::check(&follower.model, &name("a")).unwrap();
+    assert_eq!(
+        (check.port, check.endpoints.clone()),
+        (32_000, vec![(crate::state::Family::V4, 1)])
+    );
+    // Whoever asks over IPv6 hears the same.
+    assert_eq!(check.endpoints_in(crate::state::Family::V6), 1);
+    let states = follower.state.services.values();
+    let ports: Vec<_> = states.map(|state| state.health_check_port).collect();
+    assert_eq!(ports, [Some(32_000), None]);
+    // A node port that somebody older has.
+    let older = json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": 32000}]});
+    let older = service_object("b", "10.96.0.2", "2020-01-01T00:00:00Z", older);
+    let compiled = follower.service("b", older);
+    assert_eq!(
+        (names(&compiled), compiled.problems.len()),
+        (vec!["a", "b"], 1)
+    );
+    let mut states = follower.state.services.values();
+    assert!(states.all(|state| state.health_check_port.is_none()));
+    assert_eq!(health::check(&follower.model, &name("b")), None);
+}
+
+#[test]
 fn an_endpoint_is_refused_while_a_service_has_its_address() {
     let mut follower = Follower::new();
     follower.service("a", service_object("a", "10.96.0.1", "", json!({})));

@@ -1,13 +1,19 @@
 //! What the sources say, on its way to the layers: one model, and for each layer its own changes at its own pace.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use prometheus_client::metrics::gauge::Gauge;
+use tokio::sync::watch;
 
 use crate::{
-    compile::{Compiler, Problem},
+    compile::{self, Compiler, Problem},
+    health::checks::Checks,
     metrics::Metrics,
-    model::{Model, NodeName, Update},
+    model::{Dirty, Model, NodeName, Update},
+    state::Family,
     sync::{Compiled, Inbox, Scope},
 };
 
@@ -16,6 +22,7 @@ use crate::{
 pub struct Feeds {
     model: Arc<Mutex<Model>>,
     inboxes: Vec<Arc<Inbox>>,
+    checks: watch::Sender<Checks>,
 }
 
 /// What one layer is fed from.
@@ -34,7 +41,16 @@ impl Feeds {
         Self {
             model: Arc::new(Mutex::new(Model::new(here))),
             inboxes: Vec::new(),
+            checks: watch::Sender::new(Checks {
+                services: BTreeMap::new(),
+                addresses: [Family::V4, Family::V6].map(Family::unspecified).into(),
+            }),
         }
+    }
+
+    /// Follows what load balancers are told: wakes when ports or addresses change.
+    pub fn checks(&self) -> watch::Receiver<Checks> {
+        self.checks.subscribe()
     }
 
     /// One more layer; `pending` follows the number of changes that wait for it.
@@ -53,12 +69,11 @@ impl Feeds {
     pub fn update(&self, update: Update) {
         let (is_news, dirty, synced, complete) = {
             let mut model = lock(&self.model);
-            (
-                model.is_news(&update),
-                model.apply(update),
-                model.is_synced(),
-                model.is_complete(),
-            )
+            let is_news = model.is_news(&update);
+            let dirty = model.apply(update);
+            self.checks
+                .send_if_modified(|checks| note_checks(checks, &model, &dirty));
+            (is_news, dirty, model.is_synced(), model.is_complete())
         };
         for inbox in &self.inboxes {
             if is_news {
@@ -88,6 +103,21 @@ impl Feed {
     }
 }
 
+/// Brings what load balancers are told level with the model; whether they ask elsewhere now.
+fn note_checks(checks: &mut Checks, model: &Model, dirty: &Dirty) -> bool {
+    let mut moved = false;
+    for name in &dirty.services {
+        let check = compile::health::check(model, name);
+        let port = check.as_ref().map(|check| check.port);
+        let before = match check {
+            Some(check) => checks.services.insert(name.clone(), check),
+            None => checks.services.remove(name),
+        };
+        moved |= before.map(|check| check.port) != port;
+    }
+    moved
+}
+
 /// Logs problems that have come up, and says how many there are.
 fn tell(new: &[Problem], compiler: &Compiler, metrics: &Metrics) {
     for problem in new {
@@ -109,7 +139,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::model::{Dirty, Objects};
+    use crate::model::Objects;
 
     #[test]
     fn each_layer_gets_every_change_whatever_the_other_one_does() {

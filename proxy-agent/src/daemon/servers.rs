@@ -12,25 +12,35 @@ use tokio::sync::watch;
 use crate::{
     backends::ebpf::view::PinnedMaps,
     cli::{Global, Run},
-    health::{self, Health, Metering, SelfTest},
+    health::{self, Health, Metering, SelfTest, checks::Checks},
     metrics::{Kernel, Metrics, ModeLabels},
     sync::SyncStatus,
 };
 
-/// Serves `/readyz`, `/livez` and `/healthz`.
+/// Serves `/readyz`, `/livez` and `/healthz`, and what load balancers ask for at the ports of `checks`.
 pub fn health(
     args: &Run,
     layers: Vec<watch::Receiver<SyncStatus>>,
     self_test: watch::Receiver<SelfTest>,
+    checks: watch::Receiver<Checks>,
+    metrics: &Metrics,
 ) -> impl Future<Output = ()> + use<> {
-    let started = Instant::now();
-    let router = health::health_router(Health {
+    let health = Health {
         layers,
         self_test,
-        started,
-    });
+        started: Instant::now(),
+    };
+    let router = health::health_router(health.clone());
     let (_, keeps) = watch::channel(false);
-    health::serve("healthz", args.healthz_bind_address, router, keeps)
+    let own = health::serve("healthz", args.healthz_bind_address, router, keeps);
+    let failed = metrics.health_check_ports_failed.clone();
+    let of_services = health::checks::serve(checks, health, failed);
+    async {
+        tokio::select! {
+            () = own => {}
+            () = of_services => {}
+        }
+    }
 }
 
 /// Serves `/metrics`, `/proxyMode` and `/configz`, except while the port is to be another proxy's.

@@ -29,6 +29,8 @@ pub struct Service {
     pub(crate) source_ranges: Box<[IpNet]>,
     pub(crate) internal_policy: TrafficPolicy,
     pub(crate) external_policy: TrafficPolicy,
+    /// Where load balancers ask whether this node has endpoints: type LoadBalancer with an external policy of Local only.
+    pub(crate) health_check_port: Option<NonZeroU16>,
     pub(crate) affinity_seconds: Option<u32>,
     pub(crate) ports: Box<[Port]>,
 }
@@ -74,6 +76,7 @@ impl Service {
             source_ranges: Box::default(),
             internal_policy: TrafficPolicy::Cluster,
             external_policy: TrafficPolicy::Cluster,
+            health_check_port: None,
             affinity_seconds: None,
             ports: ports.into(),
         }
@@ -128,6 +131,7 @@ impl Service {
             source_ranges: source_ranges(spec, &blame)?,
             internal_policy: internal_policy(spec, &blame)?,
             external_policy: external_policy(spec, &blame)?,
+            health_check_port: health_check_port(spec, &blame)?,
             affinity_seconds: affinity(spec, &blame)?,
             ports: ports(spec, &blame)?,
         }))
@@ -279,6 +283,20 @@ fn external_policy(spec: &v1::ServiceSpec, blame: &Blame) -> Result<TrafficPolic
     } else {
         TrafficPolicy::Cluster
     })
+}
+
+/// Nothing where kube-proxy serves none either, whatever the field holds.
+fn health_check_port(spec: &v1::ServiceSpec, blame: &Blame) -> Result<Option<NonZeroU16>, Problem> {
+    let is_asked = spec.type_.as_deref() == Some("LoadBalancer")
+        && external_policy(spec, blame)? == TrafficPolicy::Local;
+    match spec.health_check_node_port {
+        Some(port) if is_asked && port != 0 => {
+            let port = text::port(port);
+            let port = port.map_err(|what| blame.refuse("spec.healthCheckNodePort", what))?;
+            Ok(Some(port))
+        }
+        _ => Ok(None),
+    }
 }
 
 fn affinity(spec: &v1::ServiceSpec, blame: &Blame) -> Result<Option<u32>, Problem> {

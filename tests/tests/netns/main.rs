@@ -7,6 +7,7 @@ mod external;
 mod files;
 mod flows;
 mod guard;
+mod health_checks;
 mod lease;
 mod node_port;
 mod opt_out;

@@ -11,7 +11,6 @@ use super::{
         Rules, Sink, service,
         tree::{Leaf, LeafKey, Leaves},
     },
-    tables::Table,
 };
 use crate::{
     backends::Part,
@@ -163,7 +162,7 @@ impl Change {
         self.leaves = differ(old, new);
         self.leaves.extend(differ(new, old));
         let refused = |leaves: &Leaves, key: &LeafKey| {
-            key.root.table() == Table::Filter && leaves.contains_key(key)
+            leaves.get(key).is_some_and(|leaf| leaf.verdict.refuses())
         };
         let mut changed = self.leaves.iter();
         self.refuses_more = changed.any(|key| refused(new, key) && !refused(old, key));

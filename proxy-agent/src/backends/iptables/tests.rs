@@ -113,6 +113,7 @@ fn service(family: Family, name: &str) -> ServiceState {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         source_ranges: Vec::new(),
+        health_check_port: None,
     }
 }
 

@@ -106,6 +106,10 @@ fn an_impossible_service_is_refused_by_field() {
             "spec.loadBalancerSourceRanges[0]: \"10.0.0.0/33\" is not a CIDR",
         ),
         (
+            json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 65536}),
+            "spec.healthCheckNodePort: 65536 is not a port (1-65535)",
+        ),
+        (
             json!({"internalTrafficPolicy": "Near"}),
             "spec.internalTrafficPolicy: \"Near\" is neither Cluster nor Local",
         ),
@@ -124,6 +128,19 @@ fn an_impossible_service_is_refused_by_field() {
     ] {
         assert_eq!(refusal(spec), expected);
     }
+}
+
+#[test]
+fn load_balancers_ask_only_where_the_policy_is_local() {
+    let port = |kind, policy, port: i32| {
+        let spec =
+            json!({"type": kind, "externalTrafficPolicy": policy, "healthCheckNodePort": port});
+        good(spec).health_check_port.map(NonZeroU16::get)
+    };
+    assert_eq!(port("LoadBalancer", "Local", 32_000), Some(32_000));
+    assert_eq!(port("LoadBalancer", "Local", 0), None);
+    assert_eq!(port("LoadBalancer", "Cluster", 32_000), None);
+    assert_eq!(port("NodePort", "Local", 32_000), None);
 }
 
 #[test]

@@ -175,8 +175,6 @@ pub(in super::super) fn render(rules: &Rules, family: Family, table: Table, sink
     match table {
         Table::Filter => {
             forward(rules, family).send(family, table, FORWARD, sink);
-            // Health checks of load balancers: whoever serves them adds what has to be accepted.
-            Body::default().send(family, table, NODE_PORTS, sink);
         }
         Table::Nat => {
             postrouting(rules, family).send(family, table, POSTROUTING, sink);
@@ -265,7 +263,11 @@ pub(in super::super) fn finish(
             matches: &[Match::DestinationIsLocal],
             ..Rule::new(family, Target::Jump(Root::NodePortsRefused.chain()))
         }),
-        Root::NodePorts | Root::ClusterRefused | Root::NodePortsRefused | Root::Firewall => {}
+        Root::NodePorts
+        | Root::ClusterRefused
+        | Root::NodePortsRefused
+        | Root::HealthChecks
+        | Root::Firewall => {}
     }
 }
 

@@ -5,16 +5,18 @@
 
 use super::{
     super::{names::ChainName, tables::Table},
+    service::HEALTH_CHECK,
     tree::{Leaf, LeafKey, Root, Verdict},
 };
 use crate::state::{Family, Protocol, ServiceName, ServicePort};
 
 /// What leaves say after the name of their owner.
-const WHAT: [&str; 7] = [
+const WHAT: [&str; 8] = [
     "cluster IP",
     "external IP",
     "loadbalancer IP",
     "node port",
+    HEALTH_CHECK,
     "has no endpoints",
     "has no local endpoints",
     "traffic not accepted by its source ranges",
@@ -56,6 +58,7 @@ pub(in super::super) fn leaf(
     let verdict = match value("-j")? {
         "REJECT" => Verdict::Reject,
         "DROP" => Verdict::Drop,
+        "ACCEPT" => Verdict::Accept,
         chain => Verdict::Chain(ChainName::new(chain)?),
     };
     let (owner, what) = comment.split_once(' ').unwrap_or((comment, "node port"));

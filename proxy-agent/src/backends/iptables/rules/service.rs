@@ -11,7 +11,10 @@ use super::{
     choice::Choice,
     tree::{Leaf, LeafKey, Root, Verdict},
 };
-use crate::state::{Backend, Frontend, FrontendKind, ServiceState, TrafficPolicy};
+use crate::state::{Backend, Frontend, FrontendKind, Protocol, ServiceState, TrafficPolicy};
+
+/// What the rule for a port at which load balancers ask says after the name of its owner.
+pub(super) const HEALTH_CHECK: &str = "health check node port";
 
 /// What becomes of the traffic of one kind.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -219,7 +222,29 @@ impl<'a> Service<'a> {
                 }
             }
         }
+        found.extend(self.health_check());
         found
+    }
+
+    /// Load balancers ask in both families, whichever the Service has.
+    fn health_check(&self) -> impl Iterator<Item = (LeafKey, Leaf)> {
+        let port = self.state.health_check_port;
+        let families = self.rules.families.iter();
+        families.filter_map(move |&family| {
+            let key = LeafKey {
+                family,
+                root: Root::HealthChecks,
+                address: family.unspecified(),
+                protocol: Protocol::Tcp,
+                port: port?,
+            };
+            let leaf = Leaf {
+                verdict: Verdict::Accept,
+                owner: self.state.key.clone(),
+                what: HEALTH_CHECK,
+            };
+            Some((key, leaf))
+        })
     }
 
     fn cluster_ip(&self, frontend: &Frontend, found: &mut Vec<(LeafKey, Leaf)>) {
@@ -278,7 +303,7 @@ impl<'a> Service<'a> {
             Verdict::Reject => "has no endpoints",
             Verdict::Drop if root != Root::Firewall => "has no local endpoints",
             Verdict::Drop => "traffic not accepted by its source ranges",
-            Verdict::Chain(_) => what,
+            Verdict::Chain(_) | Verdict::Accept => what,
         };
         let owner = self.state.key.clone();
         let leaf = Leaf {

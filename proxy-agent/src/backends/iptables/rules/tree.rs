@@ -47,17 +47,20 @@ pub(in super::super) enum Root {
     ExternalRefused,
     /// Below it: node ports that nothing serves.
     NodePortsRefused,
+    /// filter KUBE-NODEPORTS: node ports at which load balancers ask for endpoints. Seen in INPUT.
+    HealthChecks,
     /// filter KUBE-PROXY-FIREWALL: what source ranges kept from being translated. Seen in all three.
     Firewall,
 }
 
 impl Root {
-    pub(in super::super) const ALL: [Self; 6] = [
+    pub(in super::super) const ALL: [Self; 7] = [
         Self::Services,
         Self::NodePorts,
         Self::ClusterRefused,
         Self::ExternalRefused,
         Self::NodePortsRefused,
+        Self::HealthChecks,
         Self::Firewall,
     ];
 
@@ -67,6 +70,7 @@ impl Root {
             Self::ClusterRefused
             | Self::ExternalRefused
             | Self::NodePortsRefused
+            | Self::HealthChecks
             | Self::Firewall => Table::Filter,
         }
     }
@@ -74,7 +78,7 @@ impl Root {
     pub(in super::super) const fn chain(self) -> ChainName {
         match self {
             Self::Services | Self::ClusterRefused => base::SERVICES,
-            Self::NodePorts => base::NODE_PORTS,
+            Self::NodePorts | Self::HealthChecks => base::NODE_PORTS,
             Self::ExternalRefused => base::EXTERNAL_SERVICES,
             Self::NodePortsRefused => ChainName::fixed("PROXY-AGENT-P"),
             Self::Firewall => base::PROXY_FIREWALL,
@@ -90,6 +94,7 @@ impl Root {
             Self::ClusterRefused => "PROXY-AGENT-C-",
             Self::ExternalRefused => "PROXY-AGENT-E-",
             Self::NodePortsRefused => "PROXY-AGENT-P-",
+            Self::HealthChecks => "PROXY-AGENT-H-",
             Self::Firewall => "PROXY-AGENT-F-",
         }
     }
@@ -126,8 +131,19 @@ pub(in super::super) struct LeafKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) enum Verdict {
     Chain(ChainName),
+    Accept,
     Reject,
     Drop,
+}
+
+impl Verdict {
+    /// Whether the packet goes nowhere.
+    pub(in super::super) fn refuses(self) -> bool {
+        match self {
+            Self::Chain(_) | Self::Accept => false,
+            Self::Reject | Self::Drop => true,
+        }
+    }
 }
 
 /// The rule for one frontend.
@@ -344,6 +360,7 @@ fn push_leaf(body: Option<&mut Body>, key: &LeafKey, leaf: &Leaf) {
     };
     let target = match leaf.verdict {
         Verdict::Chain(chain) => Target::Jump(chain),
+        Verdict::Accept => Target::Accept,
         Verdict::Reject => Target::Reject,
         Verdict::Drop => Target::Drop,
     };

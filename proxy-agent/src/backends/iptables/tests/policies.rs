@@ -49,6 +49,36 @@ fn without_endpoints_every_frontend_is_rejected() {
 }
 
 #[test]
+fn the_port_at_which_load_balancers_ask_is_accepted_in_both_families() {
+    let mut web = service(Family::V4, "web");
+    web.health_check_port = Some(32_000);
+    let accepted = |backend: &mut IptablesBackend<Simulated>, family| {
+        let text = backend.tables_mut().save(family, Table::Filter).unwrap();
+        text.lines()
+            .filter(|line| line.starts_with("-A KUBE-NODEPORTS "))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let mut backend = holding(rules(), &of(&[&web]));
+    for family in [Family::V4, Family::V6] {
+        assert_eq!(
+            accepted(&mut backend, family),
+            [
+                "-A KUBE-NODEPORTS -p tcp -m comment --comment \"default/web:http health check node port\" -m tcp --dport 32000 -j ACCEPT"
+            ]
+        );
+    }
+    web.health_check_port = None;
+    let state = of(&[&web]);
+    let observed = backend.observe().unwrap();
+    let plan = backend.plan(&observed, &state, Bounds::default());
+    backend.apply(&plan, &state).unwrap();
+    for family in [Family::V4, Family::V6] {
+        assert_eq!(accepted(&mut backend, family), [""; 0]);
+    }
+}
+
+#[test]
 fn without_an_endpoint_here_local_traffic_is_dropped_and_pods_take_the_short_cut() {
     let family = Family::V4;
     let mut service = with_endpoints(service(family, "web"));
