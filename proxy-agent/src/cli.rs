@@ -5,7 +5,7 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf, str::FromStr, time::Dur
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
-use crate::state::Protocol;
+use crate::state::{NodePortAddress, Protocol};
 
 /// Exit code of a wrong command line (`EX_USAGE`).
 pub const USAGE: u8 = 64;
@@ -96,6 +96,10 @@ pub struct Sources {
     /// Folder of Kubernetes YAML and JSON (Service, EndpointSlice, Node), followed live
     #[arg(long, value_name = "DIR")]
     pub manifests: Option<PathBuf>,
+    /// Serve node ports, and answer health checks of load balancers, only on addresses of the node in these networks, or on
+    /// its main ones (`primary`); a family without a network is served on all [default: all]
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
+    pub nodeport_addresses: Vec<NodePortAddress>,
 }
 
 /// How Services are served.
@@ -447,6 +451,20 @@ mod tests {
     }
 
     #[test]
+    fn the_addresses_of_node_ports_concern_every_command_that_reads_sources() {
+        let list = "--nodeport-addresses=primary,127.0.0.0/8";
+        let Command::Run(run) = parsed(list).unwrap().command else {
+            panic!("not run");
+        };
+        let Command::Plan(plan) = parsed(&format!("plan {list}")).unwrap().command else {
+            panic!("not plan");
+        };
+        for sources in [run.sources, plan.sources] {
+            assert_eq!(sources.nodeport_addresses.len(), 2);
+        }
+    }
+
+    #[test]
     fn wrong_flags_are_refused() {
         for line in [
             "--nonsense",
@@ -455,6 +473,7 @@ mod tests {
             "--mode x",
             "--iptables-masquerade-bit 32",
             "--cluster-cidr 10.244.0.0",
+            "--nodeport-addresses main",
             "--detect-local-mode x",
             "--iptables-min-sync-period 1h2m",
             "dump",

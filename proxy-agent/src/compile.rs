@@ -242,7 +242,7 @@ impl Compiler {
     }
 }
 
-/// Node ports are served on every address of the node but link-local IPv6: a reply to one of those needs the link, which a
+/// Node ports are served on the addresses that are to serve them, but on no link-local IPv6 one: a reply to one of those needs the link, which a
 /// translated connection no longer names.
 fn node_addresses(model: &Model) -> BTreeMap<IpAddr, NodeAddress> {
     let serves = |ip: &IpAddr| match ip {
@@ -252,7 +252,7 @@ fn node_addresses(model: &Model) -> BTreeMap<IpAddr, NodeAddress> {
     let addresses = model.addresses().iter().filter(|ip| !ip.is_loopback());
     addresses
         .map(|ip| {
-            let node_ports = serves(ip);
+            let node_ports = serves(ip) && model.serves_node_ports(*ip);
             (*ip, NodeAddress { node_ports })
         })
         .collect()

@@ -162,7 +162,8 @@ async fn serve(
     node::start(updates)?;
     let opened = mode::open(global, args, &here)?;
     let metrics = Arc::new(Metrics::default());
-    let mut feeds = Feeds::new(here);
+    let node_ports = place::node_ports(&args.sources);
+    let mut feeds = Feeds::new(here, node_ports);
     let (give_way, gives_way) = watch::channel(false);
     let serving = Serving::start(global, args, opened, reaper, &mut feeds, &metrics, give_way)?;
     let Serving {

@@ -133,7 +133,7 @@ pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error>
         }
     };
     if let Some(manifests) = &args.sources.manifests {
-        let desired = desired::read(global, manifests)?;
+        let desired = desired::read(global, &args.sources, manifests)?;
         findings.extend(check::sources(&desired));
         let Rehearsal { observed, plan } = rehearse(maps.as_ref(), &desired.state)?;
         findings.push(check::drift(&plan::changes(&plan, &observed)));
@@ -157,7 +157,7 @@ pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
         .manifests
         .as_deref()
         .ok_or(daemon::Error::NoSource)?;
-    let desired = desired::read(global, manifests)?;
+    let desired = desired::read(global, &args.sources, manifests)?;
     let maps = match global.bpf_dir.exists() {
         true => Some(PinnedMaps::open(&global.bpf_dir)?),
         false => None,

@@ -18,6 +18,7 @@ pub use self::{
     slice::{Endpoint, EndpointPort, Slice, SliceName},
 };
 pub use crate::state::ServiceName;
+use crate::state::{Family, NodePortAddresses};
 
 mod node;
 mod problem;
@@ -107,6 +108,7 @@ pub struct Model {
     neighbourhoods: HashSet<u64>,
     node: Arc<Node>,
     addresses: BTreeSet<IpAddr>,
+    node_ports: NodePortAddresses,
     has_objects: bool,
     has_addresses: bool,
     complete: bool,
@@ -123,10 +125,17 @@ impl Model {
             neighbourhoods: HashSet::new(),
             node: Arc::default(),
             addresses: BTreeSet::new(),
+            node_ports: NodePortAddresses::default(),
             has_objects: false,
             has_addresses: false,
             complete: false,
         }
+    }
+
+    /// The same, where only these addresses serve node ports.
+    #[must_use]
+    pub fn with_node_ports(self, node_ports: NodePortAddresses) -> Self {
+        Self { node_ports, ..self }
     }
 
     /// Takes in a change.
@@ -168,6 +177,16 @@ impl Model {
     /// Its addresses.
     pub fn addresses(&self) -> &BTreeSet<IpAddr> {
         &self.addresses
+    }
+
+    /// Whether node ports are to be served on some addresses of a family only.
+    pub fn restricts_node_ports(&self, family: Family) -> bool {
+        self.node_ports.restricts(family)
+    }
+
+    /// Whether node ports are to be served on `address`.
+    pub fn serves_node_ports(&self, address: IpAddr) -> bool {
+        self.node_ports.contains(address, &self.node.addresses)
     }
 
     /// Every Service, by name.
@@ -275,11 +294,12 @@ impl Model {
         }
     }
 
-    /// A changed zone touches every Service with zone hints, as kube-proxy's full sync on a changed Node does.
+    /// Changed addresses may serve node ports. A changed zone touches every Service with zone hints, as kube-proxy's full sync on a changed Node does.
     fn apply_node(&mut self, node: Arc<Node>, dirty: &mut Dirty) {
         if self.node == node {
             return;
         }
+        dirty.addresses |= self.node.addresses != node.addresses;
         self.node = node;
         let hinted = self
             .all_slices()

@@ -11,6 +11,10 @@ use std::{
 
 use ipnet::IpNet;
 
+mod node_ports;
+
+pub use node_ports::{NodePortAddress, NodePortAddresses};
+
 /// IPv4 or IPv6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {

@@ -282,7 +282,7 @@ pub const DIFFERENCES: &[Difference] = &[
     Difference {
         what: "Node ports on 127.0.0.1 and ::1",
         kube_proxy: "IPv4 only, needs `route_localnet`",
-        here: "both families, only for the node's own processes, no sysctl (`--mode iptables`: as kube-proxy)",
+        here: "both families, only for the node's own processes, no sysctl, whatever `--nodeport-addresses` says (`--mode iptables`: as kube-proxy)",
         changes: Some(|flow, setting, outcome| {
             match setting.ebpf && flow.target == Target::LocalhostNodePort {
                 true => match flow.kind {
@@ -357,6 +357,12 @@ pub const DIFFERENCES: &[Difference] = &[
         what: "Two Services claim one address and port",
         kube_proxy: "the last one written wins",
         here: "a ClusterIP beats other claims, then the oldest Service; the loser is reported",
+        changes: None,
+    },
+    Difference {
+        what: "`healthCheckNodePort` of a Service with one family, on a node with two",
+        kube_proxy: "answered in the Service's family only",
+        here: "in both: a load balancer that probes the other one does not see the node as dead",
         changes: None,
     },
     Difference {

@@ -46,6 +46,22 @@ pub fn check(model: &Model, name: &ServiceName) -> Option<HealthCheck> {
     })
 }
 
+/// The addresses at which load balancers ask: those that serve node ports, unspecified for all of a family.
+pub fn addresses(model: &Model) -> BTreeSet<IpAddr> {
+    let mut found = BTreeSet::new();
+    for family in [Family::V4, Family::V6] {
+        if model.restricts_node_ports(family) {
+            let serving = super::node_addresses(model).into_iter();
+            let serving = serving.filter(|(_, address)| address.node_ports);
+            let of_family = |ip: &IpAddr| Family::of(*ip) == family;
+            found.extend(serving.map(|(ip, _)| ip).filter(of_family));
+        } else {
+            found.insert(family.unspecified());
+        }
+    }
+    found
+}
+
 /// Distinct addresses of ready endpoints on this node: those that are terminating get traffic, but no more shall come.
 fn endpoints(model: &Model, name: &ServiceName, family: Family) -> usize {
     let slices = model.slices(name);

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     model::{Node, NodeName, Objects, Service, Slice, SliceName, Update},
-    state::TrafficPolicy,
+    state::{NodePortAddresses, TrafficPolicy},
 };
 
 mod categorize;
@@ -364,6 +364,41 @@ fn another_zone_touches_services_with_hints_only() {
     assert_eq!(
         follower.backends("a"),
         ["-> 10.244.0.1:8080 cluster", "-> 10.244.0.2:8080 cluster"]
+    );
+}
+
+#[test]
+fn node_ports_are_served_on_the_addresses_that_are_listed() {
+    let entries = ["primary", "203.0.113.0/24"].map(|entry| entry.parse().unwrap());
+    let mut follower = Follower::new();
+    follower.model =
+        Model::new(NodeName::new(HERE)).with_node_ports(NodePortAddresses::new(&entries));
+    let serving = |follower: &Follower| -> Vec<String> {
+        let addresses = follower.state.addresses.iter();
+        let serving = addresses.filter(|(_, address)| address.node_ports);
+        serving.map(|(ip, _)| ip.to_string()).collect()
+    };
+    let all = ["192.168.0.1", "192.168.0.2", "203.0.113.1", "fd00::1"];
+    follower.addresses(&all);
+    assert_eq!(serving(&follower), ["203.0.113.1"]);
+    let node = |ip: &str| {
+        let addresses = json!([{"type": "InternalIP", "address": ip}]);
+        let node = json!({"metadata": {"name": HERE}, "status": {"addresses": addresses}});
+        let node = Node::parse(&serde_json::from_value(node).unwrap());
+        Objects {
+            node: Some(Some(Arc::new(node))),
+            ..Objects::default()
+        }
+    };
+    follower.objects(node("192.168.0.1"));
+    assert_eq!(serving(&follower), ["192.168.0.1", "203.0.113.1"]);
+    follower.objects(node("fd00::1"));
+    assert_eq!(serving(&follower), ["203.0.113.1", "fd00::1"]);
+    assert_eq!(
+        health::addresses(&follower.model),
+        ["203.0.113.1", "fd00::1"]
+            .map(|ip| ip.parse().unwrap())
+            .into()
     );
 }
 

@@ -1,9 +1,6 @@
 //! What the sources say, on its way to the layers: one model, and for each layer its own changes at its own pace.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::watch;
@@ -13,7 +10,7 @@ use crate::{
     health::checks::Checks,
     metrics::Metrics,
     model::{Dirty, Model, NodeName, Update},
-    state::Family,
+    state::NodePortAddresses,
     sync::{Compiled, Inbox, Scope},
 };
 
@@ -36,15 +33,13 @@ pub struct Feed {
 }
 
 impl Feeds {
-    /// An empty model of the node called `here`.
-    pub fn new(here: NodeName) -> Self {
+    /// An empty model of the node called `here`, where these addresses serve node ports.
+    pub fn new(here: NodeName, node_ports: NodePortAddresses) -> Self {
+        let model = Model::new(here).with_node_ports(node_ports);
         Self {
-            model: Arc::new(Mutex::new(Model::new(here))),
+            model: Arc::new(Mutex::new(model)),
             inboxes: Vec::new(),
-            checks: watch::Sender::new(Checks {
-                services: BTreeMap::new(),
-                addresses: [Family::V4, Family::V6].map(Family::unspecified).into(),
-            }),
+            checks: watch::Sender::default(),
         }
     }
 
@@ -115,6 +110,11 @@ fn note_checks(checks: &mut Checks, model: &Model, dirty: &Dirty) -> bool {
         };
         moved |= before.map(|check| check.port) != port;
     }
+    if dirty.addresses {
+        let addresses = compile::health::addresses(model);
+        moved |= checks.addresses != addresses;
+        checks.addresses = addresses;
+    }
     moved
 }
 
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn each_layer_gets_every_change_whatever_the_other_one_does() {
-        let mut feeds = Feeds::new(NodeName::new("node-a"));
+        let mut feeds = Feeds::new(NodeName::new("node-a"), NodePortAddresses::default());
         let (fast, slow) = (Gauge::default(), Gauge::default());
         let (first, second) = (feeds.add(fast.clone()), feeds.add(slow.clone()));
         feeds.update(Update::Addresses([[10, 0, 0, 1].into()].into()));

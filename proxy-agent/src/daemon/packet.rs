@@ -1,6 +1,13 @@
 //! The thread on which the packet layer lives: rules of iptables, at the pace of its tools.
 
-use std::{cell::RefCell, collections::BTreeMap, fs, io, net::IpAddr, sync::Arc, time::Instant};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    net::IpAddr,
+    sync::Arc,
+    time::Instant,
+};
 
 use tokio::sync::watch;
 
@@ -21,10 +28,10 @@ use crate::{
         },
         own_addresses, process,
     },
-    cli::{DetectLocalMode, Packet, Run},
+    cli::{DetectLocalMode, Run},
     compile::Compiler,
     metrics::Metrics,
-    state::{Family, ServicePort},
+    state::{Family, NodePortAddresses, ServicePort},
     sync::{Layer, Scope},
 };
 
@@ -52,7 +59,7 @@ pub fn start(
     metrics: &Arc<Metrics>,
     give_way: watch::Sender<bool>,
 ) -> Result<LayerThread, Error> {
-    let rules = rules(&args.packet, place, &host)?;
+    let rules = rules(args, place, &host)?;
     tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
     let is_nft = host.variant().is_nft();
     let rivals = rival::look_out(args.metrics_bind_address, args.packet.takeover_after);
@@ -122,7 +129,9 @@ fn cleaner(metrics: &Metrics) -> io::Result<Cleaner> {
 ///
 /// # Errors
 /// A flag that another one needs is missing.
-fn rules(args: &Packet, place: Place, host: &Host) -> Result<Rules, Error> {
+fn rules(args: &Run, place: Place, host: &Host) -> Result<Rules, Error> {
+    let node_ports = NodePortAddresses::new(&args.sources.nodeport_addresses);
+    let args = &args.packet;
     let needs = |flag| Error::Flag {
         flag,
         mode: args.detect_local_mode,
@@ -145,14 +154,20 @@ fn rules(args: &Packet, place: Place, host: &Host) -> Result<Rules, Error> {
             "no --cluster-cidr: what goes to a ClusterIP from outside the cluster is not masqueraded, and its answers may take another way back"
         );
     }
+    let families = [Family::V4, Family::V6].into_iter();
+    let restricted: BTreeSet<Family> = families.filter(|of| node_ports.restricts(*of)).collect();
     Ok(Rules {
         families: [Family::V4, Family::V6].into(),
         masquerade_mark: 1 << args.iptables_masquerade_bit,
         masquerade_all: args.masquerade_all,
         local_pods,
-        node_ports: NodePorts::All,
+        node_ports: match restricted.is_empty() {
+            true => NodePorts::All,
+            false => NodePorts::Listed(restricted),
+        },
         localhost_node_ports: place == Place::Alone
             && args.iptables_localhost_nodeports
+            && node_ports.contain_loopback()
             && route_localnet(),
         node_addresses: node_addresses(),
         conntrack_liberal: is_set(BE_LIBERAL),

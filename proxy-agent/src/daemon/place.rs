@@ -3,7 +3,12 @@
 use std::{fs, path::PathBuf};
 
 use super::Error;
-use crate::{backends::ebpf::probe::cgroup_root, cli::Global, model::NodeName};
+use crate::{
+    backends::ebpf::probe::cgroup_root,
+    cli::{Global, Sources},
+    model::NodeName,
+    state::NodePortAddresses,
+};
 
 /// `--node-name`, or the host name in lower case, as the kubelet has it.
 ///
@@ -35,4 +40,13 @@ pub fn cgroup(global: &Global) -> Result<PathBuf, Error> {
         return Ok(path.clone());
     }
     Ok(cgroup_root()?)
+}
+
+/// Which addresses serve node ports, in either layer.
+pub fn node_ports(sources: &Sources) -> NodePortAddresses {
+    let node_ports = NodePortAddresses::new(&sources.nodeport_addresses);
+    for family in node_ports.unmentioned() {
+        tracing::warn!(%family, "--nodeport-addresses names no network of this family: node ports are served on all addresses of it");
+    }
+    node_ports
 }

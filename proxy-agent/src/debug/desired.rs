@@ -6,9 +6,13 @@ use tokio::sync::mpsc;
 
 use super::Error;
 use crate::{
-    cli::Global,
+    cli::{Global, Sources},
     compile::{self, Compiler},
-    daemon::{self, place::node_name, self_test::add_canary},
+    daemon::{
+        self,
+        place::{node_name, node_ports},
+        self_test::add_canary,
+    },
     model::Model,
     sources::{self, file, node},
     state::DesiredState,
@@ -31,7 +35,7 @@ pub struct Desired {
 ///
 /// # Errors
 /// A source cannot be read.
-pub fn read(global: &Global, manifests: &Path) -> Result<Desired, Error> {
+pub fn read(global: &Global, sources: &Sources, manifests: &Path) -> Result<Desired, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -41,7 +45,7 @@ pub fn read(global: &Global, manifests: &Path) -> Result<Desired, Error> {
     })?;
     runtime.block_on(async {
         let here = node_name(global)?;
-        let mut model = Model::new(here.clone());
+        let mut model = Model::new(here.clone()).with_node_ports(node_ports(sources));
         let (updates, mut received) = mpsc::channel(1);
         let broken = file::start(manifests, here, updates.clone()).map_err(daemon::Error::from)?;
         node::start(updates).map_err(daemon::Error::from)?;

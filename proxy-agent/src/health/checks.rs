@@ -146,6 +146,7 @@ impl Servers {
             tracing::info!(service = %server.service, address = %at, "no longer answering load balancers");
             server.close().await;
         }
+        let mut is_early = false;
         for (at, service) in wanted {
             if self.running.contains_key(&at) {
                 continue;
@@ -157,12 +158,14 @@ impl Servers {
                     self.running.insert(at, server);
                 }
                 Ok(None) => {}
+                // An address that goes, or that the kernel still looks for others to have.
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => is_early = true,
                 Err(error) => {
                     failed.insert(service, format!("cannot listen at {at}: {error}"));
                 }
             }
         }
-        self.tell(failed)
+        self.tell(failed) && !is_early
     }
 
     fn start(&self, listener: TcpListener, service: ServiceName, family: Family) -> Server {

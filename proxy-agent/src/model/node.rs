@@ -1,6 +1,6 @@
 //! The node that the agent runs on.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, net::IpAddr, sync::Arc};
 
 use k8s_openapi::api::core::v1;
 
@@ -38,6 +38,8 @@ impl fmt::Display for NodeName {
 pub struct Node {
     /// The zone label, if it is there and not empty.
     pub zone: Option<Arc<str>>,
+    /// The main address in each family that it has one in: the first internal one, else the first external one.
+    pub addresses: Box<[IpAddr]>,
 }
 
 impl Node {
@@ -60,6 +62,51 @@ impl Node {
             zone: zone
                 .filter(|zone| !zone.is_empty())
                 .map(|zone| zone.as_str().into()),
+            addresses: addresses(object),
         }
+    }
+}
+
+/// As kube-proxy chooses them (component-helpers/node/util/ips.go). What is no address is passed over: kubelet writes them.
+fn addresses(object: &v1::Node) -> Box<[IpAddr]> {
+    let status = object.status.as_ref();
+    let listed = status.and_then(|status| status.addresses.as_deref());
+    let of_kind = |kind: &'static str| {
+        let listed = listed.unwrap_or_default().iter();
+        let listed = listed.filter(move |address| address.type_ == kind);
+        listed.filter_map(|address| address.address.parse::<IpAddr>().ok())
+    };
+    let mut found: Vec<IpAddr> = Vec::with_capacity(2);
+    for ip in of_kind("InternalIP").chain(of_kind("ExternalIP")) {
+        if found.iter().all(|other| other.is_ipv4() != ip.is_ipv4()) {
+            found.push(ip);
+        }
+    }
+    found.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_main_address_of_each_family_is_internal_if_there_is_one() {
+        let parsed = |addresses| {
+            let node = json!({"metadata": {"name": "node-a"}, "status": {"addresses": addresses}});
+            Node::parse(&serde_json::from_value(node).unwrap()).addresses
+        };
+        let address = |kind: &str, address: &str| json!({"type": kind, "address": address});
+        let found = parsed(json!([
+            address("Hostname", "node-a"),
+            address("ExternalIP", "203.0.113.1"),
+            address("ExternalIP", "2001:db8::1"),
+            address("InternalIP", "192.168.0.1"),
+            address("InternalIP", "192.168.0.2"),
+        ]));
+        let expected: [IpAddr; 2] = ["192.168.0.1", "2001:db8::1"].map(|ip| ip.parse().unwrap());
+        assert_eq!(*found, expected);
+        assert!(parsed(json!([])).is_empty());
     }
 }

@@ -1,13 +1,13 @@
 //! Node ports: on the node's own addresses, and on loopback for the host only.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use proxy_tests::{
     Scenario, Service,
     peer::PATIENCE,
     scenario::{
-        OFTEN, SOON, TCP, TCP_TARGET, UDP, UDP_TARGET, each_family, fails_with, passes, who_tcp,
-        who_udp,
+        OFTEN, SOON, TCP, TCP_TARGET, UDP, UDP_TARGET, each_family, fails_with, in_family, passes,
+        who_tcp, who_udp,
     },
     wait_for,
 };
@@ -101,6 +101,60 @@ fn an_address_serves_node_ports_from_the_moment_it_is_assigned() {
         s.a.ip(&format!("addr del {}\n", link.replace(" nodad", "")))?;
         wait_for("the old address serves no more", SOON, || passes(&peer, to))
     });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn node_ports_are_served_on_the_listed_addresses_only_in_either_mode() {
+    let listed = [
+        "--nodeport-addresses",
+        "192.168.77.0/24,fd00:192:168:77::/64",
+    ];
+    let iptables = [
+        "--mode",
+        "iptables",
+        "--cluster-cidr",
+        "10.244.0.0/16,fd00:10:244::/48",
+    ];
+    let modes = [listed.to_vec(), [&listed[..], &iptables].concat()];
+    for (mode, v6) in modes.iter().flat_map(|mode| [(mode, false), (mode, true)]) {
+        in_family("node-port-listed", v6, mode, |s| {
+            let outsider = s.topology.outsider()?.peer()?;
+            s.manifests.put(&with_node_ports(s))?;
+            let (node, bridge, loopback, later) = match v6 {
+                false => ("192.168.77.11", "10.244.1.1", "127.0.0.1", "192.168.77.77"),
+                true => (
+                    "fd00:192:168:77::11",
+                    "fd00:10:244:1::1",
+                    "::1",
+                    "fd00:192:168:77::77",
+                ),
+            };
+            let at = |address: &str| -> anyhow::Result<SocketAddr> {
+                Ok((address.parse::<IpAddr>()?, TCP_NODE).into())
+            };
+            let pod = s.client.peer()?;
+            for client in [&pod, &outsider] {
+                wait_for("the listed address serves", SOON, || {
+                    Ok(client.ask_tcp(at(node)?)?)
+                })?;
+            }
+            // They arrive at the node itself, where nobody listens.
+            fails_with(pod.ask_tcp(at(bridge)?), libc::ECONNREFUSED)?;
+            if mode.len() > listed.len() {
+                fails_with(s.a.peer()?.ask_tcp(at(loopback)?), libc::ECONNREFUSED)?;
+            }
+            // An address that comes later.
+            let length = if v6 { "128 nodad" } else { "32" };
+            s.a.ip(&format!("addr add {later}/{length} dev eth0\n"))?;
+            for client in [&pod, &outsider] {
+                wait_for("the new address serves", SOON, || {
+                    Ok(client.ask_tcp(at(later)?)?)
+                })?;
+            }
+            Ok(())
+        });
+    }
 }
 
 #[test]

@@ -57,12 +57,12 @@ pub enum LocalPods {
 }
 
 /// Which addresses of the node serve node ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodePorts {
     /// All that are local, whatever they are.
     All,
-    /// Those of the desired state that say so.
-    Listed,
+    /// In these families those of the desired state that say so.
+    Listed(BTreeSet<Family>),
 }
 
 /// What a host can do.

@@ -186,6 +186,18 @@ async fn a_taken_port_is_counted_and_the_others_go_on() {
 }
 
 #[tokio::test]
+async fn an_address_that_is_gone_is_no_error_and_the_others_are_asked() {
+    let port = free_port();
+    let world = World::start(&[]);
+    world.checks.send_modify(|checks| {
+        checks.services = of(&[("default/web", port, 1)]);
+        checks.addresses = ["198.51.100.1".parse().unwrap(), V6].into();
+    });
+    wait(V6, port, is("200")).await;
+    assert_eq!((ask(V4, port).await, world.failed.get()), (None, 0));
+}
+
+#[tokio::test]
 async fn nobody_is_answered_before_the_layers_serve() {
     let port = free_port();
     let layer = watch::Sender::new(SyncStatus::default());

@@ -279,22 +279,8 @@ fn to_node_ports(rules: &Rules, family: Family, addresses: &BTreeSet<IpAddr>, bo
         )),
         ..Rule::new(family, Target::Jump(NODE_PORTS))
     };
-    match rules.node_ports {
-        NodePorts::All => {
-            let loopback = match family {
-                Family::V4 => "127.0.0.0/8",
-                Family::V6 => "::1/128",
-            };
-            // Over IPv6 there is no route_localnet.
-            let served = family == Family::V4 && rules.localhost_node_ports;
-            let loopback = loopback.parse().ok().filter(|_| !served);
-            body.push(&Rule {
-                destination: loopback.map(|value| Is { not: true, value }),
-                matches: &[Match::DestinationIsLocal],
-                ..jump
-            });
-        }
-        NodePorts::Listed => {
+    match &rules.node_ports {
+        NodePorts::Listed(families) if families.contains(&family) => {
             let loopback = IpAddr::from([127, 0, 0, 1]);
             let served = family == Family::V4 && rules.localhost_node_ports;
             let of_family = addresses
@@ -307,6 +293,20 @@ fn to_node_ports(rules: &Rules, family: Family, addresses: &BTreeSet<IpAddr>, bo
                     ..jump
                 });
             }
+        }
+        NodePorts::All | NodePorts::Listed(_) => {
+            let loopback = match family {
+                Family::V4 => "127.0.0.0/8",
+                Family::V6 => "::1/128",
+            };
+            // Over IPv6 there is no route_localnet.
+            let served = family == Family::V4 && rules.localhost_node_ports;
+            let loopback = loopback.parse().ok().filter(|_| !served);
+            body.push(&Rule {
+                destination: loopback.map(|value| Is { not: true, value }),
+                matches: &[Match::DestinationIsLocal],
+                ..jump
+            });
         }
     }
 }

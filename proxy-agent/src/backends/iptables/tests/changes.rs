@@ -239,7 +239,7 @@ fn a_change_writes_the_chains_that_it_changes() {
 #[test]
 fn a_new_address_of_the_node_rewrites_one_chain() {
     let rules = Rules {
-        node_ports: NodePorts::Listed,
+        node_ports: NodePorts::Listed([Family::V4].into()),
         families: [Family::V4].into(),
         ..rules()
     };

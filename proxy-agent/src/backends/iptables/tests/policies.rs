@@ -200,7 +200,7 @@ fn listed(localhost_node_ports: bool, addresses: &[&str]) -> IptablesBackend<Sim
     let addresses = addresses.iter().map(|ip| (ip.parse().unwrap(), node_ports));
     state.addresses = addresses.collect();
     let rules = Rules {
-        node_ports: NodePorts::Listed,
+        node_ports: NodePorts::Listed([Family::V4].into()),
         localhost_node_ports,
         ..rules()
     };
