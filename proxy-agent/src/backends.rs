@@ -16,7 +16,7 @@ use crate::{
 pub mod conntrack;
 pub mod ebpf;
 #[cfg(test)]
-mod in_namespace;
+pub mod in_namespace;
 pub mod iptables;
 pub mod memory;
 pub mod nfnetlink;

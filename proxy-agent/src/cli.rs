@@ -142,6 +142,9 @@ pub struct Run {
     /// What arrives as a packet.
     #[command(flatten)]
     pub packet: Packet,
+    /// Settings of the host.
+    #[command(flatten)]
+    pub host: HostSettings,
     /// Let the programs in the kernel log every decision: for debugging, slow
     #[arg(long)]
     pub log_programs: bool,
@@ -180,6 +183,36 @@ pub struct Packet {
     pub iptables_min_sync_period: Duration,
 }
 
+/// Settings of the host. Names and defaults are kube-proxy's (cmd/kube-proxy/app/options.go).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Host: raised where smaller, never lowered")]
+pub struct HostSettings {
+    /// Connections to track for each CPU; 0 leaves the limit as it is
+    #[arg(long, value_name = "NUMBER", default_value_t = 32_768)]
+    pub conntrack_max_per_core: u32,
+    /// Connections to track at least, however few CPUs there are
+    #[arg(long, value_name = "NUMBER", default_value_t = 131_072)]
+    pub conntrack_min: u32,
+    /// How long an idle TCP connection is tracked; 0 leaves it as it is
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
+    pub conntrack_tcp_timeout_established: Duration,
+    /// How long a TCP connection that one end has closed is tracked; 0 leaves it as it is
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
+    pub conntrack_tcp_timeout_close_wait: Duration,
+    /// Take no TCP packet out of its window for invalid
+    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true")]
+    pub conntrack_tcp_be_liberal: bool,
+    /// How long an idle UDP flow without an answer is tracked; 0 leaves it as it is
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration)]
+    pub conntrack_udp_timeout: Duration,
+    /// How long an idle UDP flow with answers is tracked; 0 leaves it as it is
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration)]
+    pub conntrack_udp_timeout_stream: Duration,
+    /// How soon the kernel ends this process when memory runs out: -1000 never, 1000 first
+    #[arg(long, value_name = "SCORE", default_value_t = -999, allow_negative_numbers = true, value_parser = clap::value_parser!(i16).range(-1000..=1000))]
+    pub oom_score_adj: i16,
+}
+
 /// What tells a pod of this node from other clients; kube-proxy's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DetectLocalMode {
@@ -194,19 +227,35 @@ pub enum DetectLocalMode {
     InterfaceNamePrefix,
 }
 
-/// `1s`, `500ms`, `2m`: one number and one unit of Go's durations, which kube-proxy's flags have.
+/// `1s`, `500ms`, `1h30m`: Go's durations, which kube-proxy's flags have, in whole numbers.
 fn duration(text: &str) -> Result<Duration, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit());
-    let (number, unit) = text.split_at(split.unwrap_or(text.len()));
-    let number: u64 = number
-        .parse()
-        .map_err(|_| format!("{text:?} is no duration: use 1s, 500ms or 2m"))?;
-    match unit {
-        "ms" => Ok(Duration::from_millis(number)),
-        "s" => Ok(Duration::from_secs(number)),
-        "m" => Ok(Duration::from_secs(60 * number)),
-        _ if number == 0 => Ok(Duration::ZERO),
-        _ => Err(format!("{text:?} is no duration: use 1s, 500ms or 2m")),
+    let wrong = || format!("{text:?} is no duration: use 1s, 500ms or 1h30m");
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let (mut total, mut rest) = (Duration::ZERO, text);
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+        let (number, tail) = rest.split_at(digits);
+        let number: u32 = number.parse().map_err(|_| wrong())?;
+        let letters = tail.find(|c: char| c.is_ascii_digit());
+        let (unit, tail) = tail.split_at(letters.unwrap_or(tail.len()));
+        let unit = match unit {
+            "ms" => Duration::from_millis(1),
+            "s" => Duration::from_secs(1),
+            "m" => Duration::from_secs(60),
+            "h" => Duration::from_secs(3_600),
+            _ => return Err(wrong()),
+        };
+        total = unit
+            .checked_mul(number)
+            .and_then(|part| total.checked_add(part))
+            .ok_or_else(wrong)?;
+        rest = tail;
+    }
+    match text.is_empty() {
+        true => Err(wrong()),
+        false => Ok(total),
     }
 }
 
@@ -475,7 +524,9 @@ mod tests {
             "--cluster-cidr 10.244.0.0",
             "--nodeport-addresses main",
             "--detect-local-mode x",
-            "--iptables-min-sync-period 1h2m",
+            "--iptables-min-sync-period 1h2",
+            "--iptables-min-sync-period 1d",
+            "--oom-score-adj 1001",
             "dump",
             "dump x",
         ] {

@@ -35,6 +35,7 @@ use crate::{
 
 pub mod exclude;
 mod feed;
+mod host_settings;
 mod layer;
 mod mode;
 pub mod namespaces;
@@ -162,6 +163,7 @@ async fn serve(
     node::start(updates)?;
     let opened = mode::open(global, args, &here)?;
     let metrics = Arc::new(Metrics::default());
+    host_settings::apply(&args.host, Path::new("/"), &metrics);
     let node_ports = place::node_ports(&args.sources);
     let mut feeds = Feeds::new(here, node_ports);
     let (give_way, gives_way) = watch::channel(false);

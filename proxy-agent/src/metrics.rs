@@ -94,6 +94,8 @@ metrics! {
     left_out: Gauge = Gauge::default() => "left_out";
     /// Health-check node ports of Services that cannot be listened at, because somebody else does or the system refuses
     health_check_ports_failed: Gauge = Gauge::default() => "health_check_ports_failed";
+    /// Settings of the host that could not be made: read-only, or not ours to change
+    host_settings_failed: Gauge = Gauge::default() => "host_settings_failed";
     /// UDP flows that were forgotten because the endpoint that they led to no longer serves
     conntrack_flows_deleted: Counter = Counter::default() => "conntrack_flows_deleted";
     /// Seconds from asking the kernel for its flows to the end of a clean-up
