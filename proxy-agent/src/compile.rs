@@ -9,10 +9,12 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
+
 use self::owners::{Claim, Owners};
 use crate::{
     model::{Dirty, Model},
-    state::{DesiredState, NodeAddress, ServiceName, ServicePort, ServiceState},
+    state::{DesiredState, Family, NodeAddress, ServiceName, ServicePort, ServiceState},
 };
 
 mod endpoints;
@@ -131,16 +133,16 @@ pub fn service(model: &Model, owners: &Owners, name: &ServiceName) -> Outcome {
             let backends =
                 endpoints::backends(model, owners, service, port, &key, &mut outcome.problems);
             let ranges = service.source_ranges.iter();
+            let ranges = ranges.filter(|range| Family::of(range.addr()) == family);
+            let ranges: Vec<IpNet> = ranges.copied().collect();
             outcome.states.push(ServiceState {
                 frontends: found,
                 backends,
                 affinity_seconds: service.affinity_seconds,
                 internal_policy: service.internal_policy,
                 external_policy: service.external_policy,
-                source_ranges: ranges
-                    .filter(|range| range.addr().is_ipv4() == (family == crate::state::Family::V4))
-                    .copied()
-                    .collect(),
+                admits_node: admits_node(model, &ranges),
+                source_ranges: ranges,
                 health_check_port: health_check_port.take(),
                 key,
             });
@@ -240,6 +242,16 @@ impl Compiler {
             problems: new_problems,
         }
     }
+}
+
+/// Whether the node itself may send from one of its addresses.
+fn admits_node(model: &Model, ranges: &[IpNet]) -> bool {
+    let is_own = |ip: &&IpAddr| match ip {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    };
+    let mut own = model.addresses().iter().filter(is_own);
+    own.any(|ip| ranges.iter().any(|range| range.contains(ip)))
 }
 
 /// Node ports are served on the addresses that are to serve them, but on no link-local IPv6 one: a reply to one of those needs the link, which a

@@ -9,6 +9,7 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 pub use self::{
@@ -316,7 +317,11 @@ impl Model {
             .copied()
             .collect();
         self.addresses = addresses;
-        let touched = |service: &Service| service.cluster_ips.iter().any(|ip| changed.contains(ip));
+        let is_in = |range: &IpNet| changed.iter().any(|ip| range.contains(ip));
+        let touched = |service: &Service| {
+            service.cluster_ips.iter().any(|ip| changed.contains(ip))
+                || service.source_ranges.iter().any(is_in)
+        };
         Dirty {
             services: self
                 .services()

@@ -216,6 +216,8 @@ pub struct ServiceState {
     pub external_policy: TrafficPolicy,
     /// `loadBalancerSourceRanges` of this family, sorted; empty means everybody.
     pub source_ranges: Vec<IpNet>,
+    /// The source ranges contain an address of this node, which may send to the load balancer's address then.
+    pub admits_node: bool,
     /// TCP port of this node, in both families, at which load balancers ask for endpoints. It is the whole Service's, and
     /// named by one of its service ports.
     pub health_check_port: Option<u16>,
@@ -309,6 +311,7 @@ impl fmt::Display for ServiceState {
             internal_policy,
             external_policy,
             source_ranges,
+            admits_node,
             health_check_port,
         } = self;
         write!(f, "{key} {} {}", key.protocol, key.family)?;
@@ -318,6 +321,9 @@ impl fmt::Display for ServiceState {
         }
         for range in source_ranges {
             write!(f, " from={range}")?;
+        }
+        if *admits_node {
+            f.write_str(" from-node")?;
         }
         if let Some(port) = health_check_port {
             write!(f, " health-check={port}")?;

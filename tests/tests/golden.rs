@@ -93,7 +93,6 @@ fn rules_of_node() -> Rules {
         local_pods: LocalPods::Networks(networks.map(|net| net.parse().unwrap()).into()),
         node_ports: NodePorts::All,
         localhost_node_ports: true,
-        node_addresses: vec![[192, 168, 0, 1].into()],
         conntrack_liberal: false,
         features: Features {
             random_fully: true,

@@ -333,6 +333,31 @@ fn a_cluster_ip_assigned_to_a_link_is_marked_and_unmarked() {
 }
 
 #[test]
+fn a_source_range_with_an_address_of_the_node_follows_that_address() {
+    let mut follower = Follower::new();
+    let ranges = json!({"loadBalancerSourceRanges": ["192.168.0.0/24", "fd00::/64"]});
+    follower.service("web", service_object("web", "10.96.0.1", "", ranges));
+    let admits = |follower: &Follower| {
+        let mut states = follower.state.services.values();
+        states.next().is_some_and(|state| state.admits_node)
+    };
+    // A range of another family is none of this one.
+    assert_eq!(
+        names(&follower.addresses(&["203.0.113.1", "fd00::1"])),
+        ["web"]
+    );
+    assert!(!admits(&follower));
+    assert_eq!(names(&follower.addresses(&["192.168.0.1"])), ["web"]);
+    assert!(admits(&follower));
+    assert_eq!(
+        names(&follower.addresses(&["192.168.0.1", "203.0.113.1"])),
+        [""; 0]
+    );
+    follower.addresses(&["203.0.113.1"]);
+    assert!(!admits(&follower));
+}
+
+#[test]
 fn another_zone_touches_services_with_hints_only() {
     let mut follower = Follower::new();
     let hinted =

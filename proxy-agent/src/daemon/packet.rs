@@ -4,7 +4,6 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    net::IpAddr,
     sync::Arc,
     time::Instant,
 };
@@ -26,7 +25,7 @@ use crate::{
             rules::{LocalPods, NodePorts, Rules},
             watch::Watched,
         },
-        own_addresses, process,
+        process,
     },
     cli::{DetectLocalMode, Run},
     compile::Compiler,
@@ -169,7 +168,6 @@ fn rules(args: &Run, place: Place, host: &Host) -> Result<Rules, Error> {
             && args.iptables_localhost_nodeports
             && node_ports.contain_loopback()
             && route_localnet(),
-        node_addresses: node_addresses(),
         conntrack_liberal: is_set(BE_LIBERAL),
         features: host.features(),
     })
@@ -197,19 +195,6 @@ fn route_localnet() -> bool {
             false
         }
     }
-}
-
-/// The node's own addresses, without loopback and link-local ones.
-fn node_addresses() -> Vec<IpAddr> {
-    let Ok(addresses) = own_addresses() else {
-        return Vec::new();
-    };
-    addresses
-        .filter(|address| match address {
-            IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
-            IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
-        })
-        .collect()
 }
 
 /// Service ports that the tools refuse: each told once, until it goes in.

@@ -70,6 +70,7 @@ pub fn add_canary(state: &mut DesiredState) {
             internal_policy: TrafficPolicy::Cluster,
             external_policy: TrafficPolicy::Cluster,
             source_ranges: Vec::new(),
+            admits_node: false,
             health_check_port: None,
         };
         state.services.insert(key, service);

@@ -70,6 +70,7 @@ fn state((name, affinity): (&ServiceName, &u32)) -> (ServicePort, ServiceState) 
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         source_ranges: Vec::new(),
+        admits_node: false,
         health_check_port: None,
     };
     (key, state)

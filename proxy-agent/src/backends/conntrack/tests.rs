@@ -52,6 +52,7 @@ pub(super) fn udp_service(
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         source_ranges: Vec::new(),
+        admits_node: false,
         health_check_port: None,
     }
 }

@@ -3,7 +3,7 @@
 //! Follows kube-proxy's iptables mode (pkg/proxy/iptables/proxier.go) in what happens to a packet, and departs from it in
 //! shape: a tree leads to a Service ([`tree`]) and to an endpoint ([`choice`]), and most endpoints have one rule.
 
-use std::{collections::BTreeSet, fmt::Write, net::IpAddr};
+use std::{collections::BTreeSet, fmt::Write};
 
 use ipnet::IpNet;
 
@@ -36,8 +36,6 @@ pub struct Rules {
     pub node_ports: NodePorts,
     /// Node ports on 127.0.0.0/8 too, which needs `route_localnet`; guarded against packets from outside to that network.
     pub localhost_node_ports: bool,
-    /// The node's main addresses: source ranges that contain one let the node reach the load balancer's address.
-    pub node_addresses: Vec<IpAddr>,
     /// `nf_conntrack_tcp_be_liberal`: conntrack calls no packet out of its window invalid.
     pub conntrack_liberal: bool,
     /// What this host's kernel and tools can do.
@@ -95,7 +93,6 @@ impl Rules {
             local_pods: LocalPods::Unknown,
             node_ports: NodePorts::All,
             localhost_node_ports: false,
-            node_addresses: Vec::new(),
             conntrack_liberal: false,
             features: Features::default(),
         }

@@ -44,7 +44,6 @@ pub(super) fn rules() -> Rules {
         ]),
         node_ports: NodePorts::All,
         localhost_node_ports: true,
-        node_addresses: Vec::new(),
         conntrack_liberal: false,
         features: Features {
             random_fully: true,
@@ -113,6 +112,7 @@ fn service(family: Family, name: &str) -> ServiceState {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         source_ranges: Vec::new(),
+        admits_node: false,
         health_check_port: None,
     }
 }

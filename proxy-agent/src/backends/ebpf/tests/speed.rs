@@ -52,6 +52,7 @@ fn service(number: u32, endpoints: u32) -> ServiceState {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         source_ranges: vec![],
+        admits_node: false,
         health_check_port: None,
     }
 }

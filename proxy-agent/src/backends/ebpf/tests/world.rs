@@ -109,6 +109,7 @@ fn any_service(index: usize) -> impl Strategy<Value = ServiceState> {
             internal_policy,
             external_policy,
             source_ranges: restricted.then(everybody_at_home).into_iter().collect(),
+            admits_node: false,
             health_check_port: None,
         }
     })
@@ -143,6 +144,7 @@ pub fn service(name: &str, protocol: Protocol, vip: &str, hosts: &[u8]) -> Servi
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         source_ranges: vec![],
+        admits_node: false,
         health_check_port: None,
     }
 }

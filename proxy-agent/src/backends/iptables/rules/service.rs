@@ -189,16 +189,14 @@ impl<'a> Service<'a> {
     fn firewall_chain(&self, sink: &mut Sink<'_>) {
         let mut body = Body::default();
         let external = Target::Jump(self.names.external);
-        let ranges = &self.state.source_ranges;
-        for range in ranges {
+        for range in &self.state.source_ranges {
             body.push(&Rule {
                 source: is(range.trunc()),
                 ..self.rule(external)
             });
         }
         // A load balancer's address that is assigned to this node is the source of what the node itself sends to it.
-        let mut ours = self.rules.node_addresses.iter();
-        if ours.any(|address| ranges.iter().any(|range| range.contains(address))) {
+        if self.state.admits_node {
             for frontend in self.frontends(FrontendKind::LoadBalancer) {
                 body.push(&Rule {
                     source: is(host(frontend.address)),

@@ -179,18 +179,16 @@ fn source_ranges_guard_the_load_balancers_address_alone() {
 #[test]
 fn a_range_with_the_nodes_address_lets_the_load_balancers_own_address_in() {
     let family = Family::V4;
-    let rules = Rules {
-        node_addresses: vec![ip(family, "192.168.0.1")],
-        ..rules()
-    };
+    let mut admitting = restricted(&["192.168.0.0/24"]);
+    admitting.admits_node = true;
     let own = packet(balancer(family).0, None, balancer(family));
     let served = texts(["10.244.0.9:8080 m", "10.244.1.9:8080 m"]);
-    let with_node = holding(rules.clone(), &of(&[&restricted(&["192.168.0.0/24"])]));
+    let with_node = holding(rules(), &of(&[&admitting]));
     assert_eq!(ends(&with_node, &own), served);
     assert_eq!(ends(&with_node, &node(family, balancer(family))), served);
-    let without = holding(rules, &of(&[&restricted(&["203.0.113.0/24"])]));
+    let without = holding(rules(), &of(&[&restricted(&["203.0.113.0/24"])]));
     assert_eq!(ends(&without, &own), texts(["dropped"]));
-    let everybody = holding(super::rules(), &of(&[&restricted(&["0.0.0.0/0"])]));
+    let everybody = holding(rules(), &of(&[&restricted(&["0.0.0.0/0"])]));
     assert_eq!(ends(&everybody, &outside(family, balancer(family))), served);
 }
 

@@ -30,6 +30,7 @@ fn cluster_ip(number: u32, address: Ipv4Addr, endpoints: u32) -> ServiceState {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         source_ranges: Vec::new(),
+        admits_node: false,
         health_check_port: None,
     }
 }

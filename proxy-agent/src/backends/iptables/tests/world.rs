@@ -104,6 +104,7 @@ fn state(id: u8, family: Family, draw: &mut Draw) -> ServiceState {
             .then(|| "203.0.113.0/24".parse().unwrap())
             .into_iter()
             .collect(),
+        admits_node: false,
         health_check_port: (draw.below(4) == 0)
             .then(|| 31_000 + 2 * port + u16::from(family == Family::V6)),
     }
