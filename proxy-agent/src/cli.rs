@@ -68,7 +68,7 @@ pub enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve the node: keep the kernel's maps true to the Services (default)
-    Run(Run),
+    Run(Box<Run>),
     /// Print what the kernel holds; works with the agent dead
     Dump(Dump),
     /// Say where a connection goes, and why
@@ -219,6 +219,9 @@ pub enum DetectLocalMode {
     /// Its address is in --cluster-cidr
     #[value(name = "ClusterCIDR")]
     ClusterCidr,
+    /// Its address is in the podCIDRs of the own Node object, followed live
+    #[value(name = "NodeCIDR")]
+    NodeCidr,
     /// It comes through --pod-bridge-interface
     #[value(name = "BridgeInterface")]
     BridgeInterface,

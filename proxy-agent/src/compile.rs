@@ -197,7 +197,9 @@ impl Compiler {
         let gone: Vec<ServiceName> = gone.cloned().collect();
         scope.extend(gone);
         self.owners = Owners::of(model);
-        self.compile_scope(model, scope, true)
+        let mut compiled = self.compile_scope(model, scope, true);
+        compiled.state.pod_networks = model.pod_networks().to_vec();
+        compiled
     }
 
     /// All problems that there are.

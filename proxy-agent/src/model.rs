@@ -77,12 +77,14 @@ pub struct Dirty {
     pub services: BTreeSet<ServiceName>,
     /// The node's addresses changed.
     pub addresses: bool,
+    /// The networks of the node's pods changed: every rule may depend on them.
+    pub pod_networks: bool,
 }
 
 impl Dirty {
     /// Whether nothing was touched.
     pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && !self.addresses
+        self.services.is_empty() && !self.addresses && !self.pod_networks
     }
 
     /// Adds what another update touched. `BTreeSet::append` would rebuild the whole set for each of many small ones.
@@ -90,9 +92,11 @@ impl Dirty {
         let Self {
             services,
             addresses,
+            pod_networks,
         } = other;
         self.services.extend(services);
         self.addresses |= addresses;
+        self.pod_networks |= pod_networks;
     }
 }
 
@@ -173,6 +177,11 @@ impl Model {
     /// Its zone.
     pub fn zone(&self) -> Option<&str> {
         self.node.zone.as_deref()
+    }
+
+    /// The networks of its pods, one of a family.
+    pub fn pod_networks(&self) -> &[IpNet] {
+        &self.node.pod_networks
     }
 
     /// Its addresses.
@@ -301,6 +310,7 @@ impl Model {
             return;
         }
         dirty.addresses |= self.node.addresses != node.addresses;
+        dirty.pod_networks |= self.node.pod_networks != node.pod_networks;
         self.node = node;
         let hinted = self
             .all_slices()
@@ -329,6 +339,7 @@ impl Model {
                 .map(|(name, _)| name.clone())
                 .collect(),
             addresses: is_first || !changed.is_empty(),
+            pod_networks: false,
         }
     }
 }

@@ -255,6 +255,8 @@ pub struct DesiredState {
     pub services: BTreeMap<ServicePort, ServiceState>,
     /// The node's own addresses.
     pub addresses: BTreeMap<IpAddr, NodeAddress>,
+    /// The networks of the node's pods, one of a family; only in the state of the whole node.
+    pub pod_networks: Vec<IpNet>,
 }
 
 impl fmt::Display for Frontend {
@@ -345,6 +347,7 @@ impl fmt::Display for DesiredState {
         let Self {
             services,
             addresses,
+            pod_networks,
         } = self;
         for service in services.values() {
             write!(f, "{service}")?;
@@ -352,6 +355,9 @@ impl fmt::Display for DesiredState {
         for (address, NodeAddress { node_ports }) in addresses {
             let ports = if *node_ports { " node-ports" } else { "" };
             writeln!(f, "node {address}{ports}")?;
+        }
+        for network in pod_networks {
+            writeln!(f, "pods {network}")?;
         }
         Ok(())
     }

@@ -373,6 +373,8 @@ fn part(dirty: &Dirty) -> Part<'_> {
     let Dirty {
         services,
         addresses,
+        // Everything is in scope then.
+        pod_networks: _,
     } = dirty;
     Part {
         services,

@@ -37,7 +37,7 @@ pub use remove::remove_own;
 use rival::Rivals;
 pub use rules::base::Anchor;
 use rules::{
-    Rules, base,
+    LocalPods, Rules, base,
     tree::{Leaf, LeafKey},
 };
 use save::{digest, parse};
@@ -168,6 +168,11 @@ impl<T: Tables> Backend for IptablesBackend<T> {
         state: &DesiredState,
         bounds: Bounds<'_>,
     ) -> Plan<Key, u64> {
+        if bounds.scope.is_none()
+            && let LocalPods::OfNode(networks) = &mut self.rules.local_pods
+        {
+            networks.clone_from(&state.pod_networks);
+        }
         let mut desired = BTreeMap::new();
         let mut note = |key, body: &str| {
             desired.insert(key, digest(body));

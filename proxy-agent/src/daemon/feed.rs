@@ -74,7 +74,7 @@ impl Feeds {
             if is_news {
                 inbox.touch(&dirty);
             }
-            inbox.push(Scope::Part(dirty.clone()));
+            inbox.push(dirty.clone().into());
             inbox.sources(synced, complete);
         }
     }
@@ -139,7 +139,36 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::model::Objects;
+    use crate::model::{Node, Objects};
+
+    #[test]
+    fn other_networks_of_the_nodes_pods_concern_everything() {
+        let mut feeds = Feeds::new(NodeName::new("node-a"), NodePortAddresses::default());
+        let feed = feeds.add(Gauge::default());
+        let node = |network: &str| {
+            let node = Node {
+                pod_networks: [network.parse().unwrap()].into(),
+                ..Node::default()
+            };
+            Update::Objects(Objects {
+                node: Some(Some(Arc::new(node))),
+                complete: true,
+                ..Objects::default()
+            })
+        };
+        feeds.update(Update::Addresses([[10, 0, 0, 1].into()].into()));
+        feeds.update(node("10.244.1.0/24"));
+        let take = || feed.inbox.wait(None, Instant::now()).scope;
+        assert_eq!(take(), Scope::All);
+        feeds.update(node("10.244.1.0/24"));
+        assert!(take().is_empty());
+        feeds.update(node("10.244.2.0/24"));
+        assert_eq!(take(), Scope::All);
+        let mut compiler = Compiler::default();
+        let compiled = feed.compile(&mut compiler, &Scope::All, &Metrics::default());
+        let expected: Vec<ipnet::IpNet> = vec!["10.244.2.0/24".parse().unwrap()];
+        assert_eq!(compiled.state.pod_networks, expected);
+    }
 
     #[test]
     fn each_layer_gets_every_change_whatever_the_other_one_does() {

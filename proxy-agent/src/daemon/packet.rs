@@ -138,6 +138,7 @@ fn rules(args: &Run, place: Place, host: &Host) -> Result<Rules, Error> {
     let local_pods = match args.detect_local_mode {
         DetectLocalMode::ClusterCidr if args.cluster_cidr.is_empty() => LocalPods::Unknown,
         DetectLocalMode::ClusterCidr => LocalPods::Networks(args.cluster_cidr.clone()),
+        DetectLocalMode::NodeCidr => LocalPods::OfNode(Vec::new()),
         DetectLocalMode::BridgeInterface => {
             let name = args.pod_bridge_interface.clone();
             LocalPods::Interface(name.ok_or_else(|| needs("--pod-bridge-interface"))?)

@@ -2,6 +2,7 @@
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1;
 
 use super::{
@@ -40,6 +41,8 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// The main address in each family that it has one in: the first internal one, else the first external one.
     pub addresses: Box<[IpAddr]>,
+    /// The network of its pods in each family that has one: the first of `spec.podCIDRs`.
+    pub pod_networks: Box<[IpNet]>,
 }
 
 impl Node {
@@ -63,6 +66,7 @@ impl Node {
                 .filter(|zone| !zone.is_empty())
                 .map(|zone| zone.as_str().into()),
             addresses: addresses(object),
+            pod_networks: pod_networks(object),
         }
     }
 }
@@ -80,6 +84,25 @@ fn addresses(object: &v1::Node) -> Box<[IpAddr]> {
     for ip in of_kind("InternalIP").chain(of_kind("ExternalIP")) {
         if found.iter().all(|other| other.is_ipv4() != ip.is_ipv4()) {
             found.push(ip);
+        }
+    }
+    found.into()
+}
+
+/// What is no network is passed over: the cluster's controllers write them.
+fn pod_networks(object: &v1::Node) -> Box<[IpNet]> {
+    let spec = object.spec.as_ref();
+    let listed = spec.and_then(|spec| spec.pod_cidrs.as_deref());
+    // An old API server fills in this one alone.
+    let single = spec.and_then(|spec| spec.pod_cidr.as_ref());
+    let mut found: Vec<IpNet> = Vec::with_capacity(2);
+    for text in listed.unwrap_or_default().iter().chain(single) {
+        let Ok(network) = text.parse::<IpNet>() else {
+            continue;
+        };
+        let is_v4 = |network: &IpNet| network.addr().is_ipv4();
+        if found.iter().all(|other| is_v4(other) != is_v4(&network)) {
+            found.push(network.trunc());
         }
     }
     found.into()
@@ -108,5 +131,20 @@ mod tests {
         let expected: [IpAddr; 2] = ["192.168.0.1", "2001:db8::1"].map(|ip| ip.parse().unwrap());
         assert_eq!(*found, expected);
         assert!(parsed(json!([])).is_empty());
+    }
+
+    #[test]
+    fn the_first_pod_network_of_each_family_counts() {
+        let parsed = |spec| {
+            let node = json!({"metadata": {"name": "node-a"}, "spec": spec});
+            Node::parse(&serde_json::from_value(node).unwrap()).pod_networks
+        };
+        let networks = ["10.244.1.0/24", "fd00:10:244:1::/64"];
+        let expected: [IpNet; 2] = networks.map(|network| network.parse().unwrap());
+        let listed = ["10.244.1.0/24", "10.9.0.0/24", "fd00:10:244:1::/64"];
+        let spec = json!({"podCIDR": "10.244.1.0/24", "podCIDRs": listed});
+        assert_eq!(*parsed(spec), expected);
+        assert_eq!(*parsed(json!({"podCIDR": "10.244.1.0/24"})), expected[..1]);
+        assert!(parsed(json!({})).is_empty());
     }
 }

@@ -31,7 +31,7 @@ fn slices(changes: Vec<(&str, Option<Arc<Slice>>)>) -> Update {
 fn dirty(names: &[&str]) -> Dirty {
     Dirty {
         services: names.iter().map(|short| name(short)).collect(),
-        addresses: false,
+        ..Dirty::default()
     }
 }
 

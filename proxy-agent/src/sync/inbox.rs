@@ -18,6 +18,15 @@ pub enum Scope {
     Part(Dirty),
 }
 
+impl From<Dirty> for Scope {
+    fn from(dirty: Dirty) -> Self {
+        match dirty.pod_networks {
+            true => Self::All,
+            false => Self::Part(dirty),
+        }
+    }
+}
+
 impl Default for Scope {
     fn default() -> Self {
         Self::Part(Dirty::default())
@@ -199,7 +208,7 @@ mod tests {
     fn part(name: &str) -> Scope {
         Scope::Part(Dirty {
             services: [ServiceName::new("default", name)].into(),
-            addresses: false,
+            ..Dirty::default()
         })
     }
 
@@ -222,6 +231,7 @@ mod tests {
         let Scope::Part(Dirty {
             services,
             addresses: false,
+            pod_networks: false,
         }) = turn.scope
         else {
             panic!("{:?}", turn.scope);
@@ -235,7 +245,7 @@ mod tests {
         inbox.push(part("a"));
         inbox.touch(&Dirty {
             services: [ServiceName::new("default", "b")].into(),
-            addresses: false,
+            ..Dirty::default()
         });
         inbox.push(part("b"));
         inbox.sources(true, false);

@@ -46,6 +46,7 @@ impl World {
             state: DesiredState {
                 services,
                 addresses,
+                ..DesiredState::default()
             },
         }
     }
@@ -94,7 +95,7 @@ fn world(services: &[(&str, u32)]) -> World {
 fn part(services: &[&str]) -> Scope {
     Scope::Part(Dirty {
         services: services.iter().map(|service| name(service)).collect(),
-        addresses: false,
+        ..Dirty::default()
     })
 }
 
@@ -338,7 +339,7 @@ proptest! {
                 }
                 Step::Address(has) => {
                     world.has_address = has;
-                    scope.merge(Scope::Part(Dirty { services: BTreeSet::new(), addresses: true }));
+                    scope.merge(Scope::Part(Dirty { addresses: true, ..Dirty::default() }));
                 }
                 Step::Restart => {
                     bench = Bench::over(std::mem::take(bench.memory()));
@@ -391,7 +392,7 @@ fn a_part_is_widened_to_the_services_that_it_touches() {
     let (part, problems) = Compiled::of(&mut compiler, &model, &asked);
     let both = Scope::Part(Dirty {
         services: BTreeSet::from([name("one"), name("other")]),
-        addresses: false,
+        ..Dirty::default()
     });
     assert_eq!((part.scope, problems), (both, Vec::new()));
     let got: Vec<_> = part.state.services.keys().map(|key| &key.service).collect();

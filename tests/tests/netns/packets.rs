@@ -1,6 +1,6 @@
 //! `--mode iptables`: what arrives as a packet, from pods, from the node and from outside.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, ensure};
 use nix::{
@@ -11,6 +11,7 @@ use proxy_tests::{
     Scenario, Service,
     scenario::{SOURCES, TCP, UDP, in_family},
 };
+use serde_json::json;
 
 const NODE_PORT: u16 = 30_081;
 const ARGS: [&str; 6] = [
@@ -29,6 +30,40 @@ fn seen(s: &Scenario) -> Service {
         .node_port(NODE_PORT)
         .port("dns", "UDP", UDP, 5353)
         .load_balancer(s.outside(1), "VIP")
+}
+
+#[test]
+#[ignore = "needs root"]
+fn pods_are_those_of_the_nodes_own_networks_which_are_followed() {
+    for v6 in [false, true] {
+        let args = [&ARGS[..2], &ARGS[4..], &["--detect-local-mode", "NodeCIDR"]].concat();
+        in_family("ipt-node-cidr", v6, &args, |s| {
+            s.serve_sources()?;
+            let node = |networks: [&str; 2]| {
+                let node = json!({
+                    "apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"},
+                    "spec": {"podCIDR": networks[0], "podCIDRs": networks},
+                });
+                s.manifests.write("node-node-a.yaml", &node.to_string())
+            };
+            s.manifests.put(&seen(s).endpoint(s.endpoint(&s.far)))?;
+            s.wait_rules(&s.vip(1).to_string())?;
+            let (client, own) = (s.client.peer()?, s.client.address(v6));
+            // The client is a pod of the node, and later of nobody that the node knows.
+            for (networks, is_kept) in [
+                (["10.244.1.0/24", "fd00:10:244:1::/64"], true),
+                (["10.9.1.0/24", "fd00:10:9:1::/64"], false),
+            ] {
+                node(networks)?;
+                s.wait_rules(&format!("! -s {}", networks[usize::from(v6)]))?;
+                let answer = client.ask_tcp((s.vip(1), TCP).into())?;
+                let (_, source) = answer.split_once(' ').context("no source")?;
+                let is_own = source.parse::<IpAddr>()? == own;
+                ensure!(is_own == is_kept, "{networks:?}: {source}");
+            }
+            Ok(())
+        });
+    }
 }
 
 #[test]

@@ -47,8 +47,10 @@ pub struct Rules {
 pub enum LocalPods {
     /// Not at all: nothing counts as coming from a pod, and nothing to a ClusterIP is masqueraded.
     Unknown,
-    /// By its source: ClusterCIDR, or NodeCIDR. The first network of a family counts.
+    /// By its source: ClusterCIDR. The first network of a family counts.
     Networks(Vec<IpNet>),
+    /// By its source: NodeCIDR. These are the networks of the last whole state.
+    OfNode(Vec<IpNet>),
     /// By the interface that it comes from: BridgeInterface, or with a trailing `+` InterfaceNamePrefix. A name that Linux
     /// admits: no white space, fifteen bytes.
     Interface(String),
@@ -101,7 +103,7 @@ impl Rules {
     pub(super) fn pods(&self, family: Family) -> Option<Pods<'_>> {
         match &self.local_pods {
             LocalPods::Unknown => None,
-            LocalPods::Networks(networks) => {
+            LocalPods::Networks(networks) | LocalPods::OfNode(networks) => {
                 let mut networks = networks.iter();
                 networks
                     .find(|net| Family::of(net.addr()) == family)

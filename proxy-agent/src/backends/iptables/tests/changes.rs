@@ -237,6 +237,46 @@ fn a_change_writes_the_chains_that_it_changes() {
 }
 
 #[test]
+fn the_networks_of_the_nodes_pods_are_those_of_the_last_whole_state() {
+    let rules = Rules {
+        local_pods: LocalPods::OfNode(Vec::new()),
+        families: [Family::V4].into(),
+        ..rules()
+    };
+    let mut state = of(&[&with_endpoints(service(Family::V4, "web"))]);
+    let mut backend = holding(rules.clone(), &state);
+    let masqueraded = |backend: &mut IptablesBackend<Simulated>| {
+        let text = backend.tables_mut().save(Family::V4, Table::Nat).unwrap();
+        let rule = text.lines().find(|line| line.contains("! -s "));
+        rule.map(|rule| rule.split(' ').nth(4).unwrap().to_owned())
+    };
+    // The cluster has not given it any yet.
+    assert_eq!(masqueraded(&mut backend), None);
+    for network in ["10.244.1.0/24", "10.244.2.0/24"] {
+        state.pod_networks = vec![network.parse().unwrap()];
+        let observed = backend.observe().unwrap();
+        let plan = backend.plan(&observed, &state, Bounds::default());
+        backend.apply(&plan, &state).unwrap();
+        assert_eq!(masqueraded(&mut backend).as_deref(), Some(network));
+        // A Service that changes later keeps to them.
+        let part = DesiredState {
+            pod_networks: Vec::new(),
+            ..state.clone()
+        };
+        let services = part.services.keys().map(|port| port.service.clone());
+        let bounds = Bounds {
+            scope: Some(Part {
+                services: &services.collect(),
+                addresses: false,
+            }),
+            touched: None,
+        };
+        let observed = backend.observe().unwrap();
+        assert!(backend.plan(&observed, &part, bounds).is_empty());
+    }
+}
+
+#[test]
 fn a_new_address_of_the_node_rewrites_one_chain() {
     let rules = Rules {
         node_ports: NodePorts::Listed([Family::V4].into()),
