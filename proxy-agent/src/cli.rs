@@ -295,6 +295,8 @@ pub enum Table {
     Maps,
     /// Version, node, heartbeat, hooks, counters
     Status,
+    /// Chains, jumps and address sets of the packet layer
+    Rules,
 }
 
 /// Format of the output.

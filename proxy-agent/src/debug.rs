@@ -1,6 +1,6 @@
 //! Answers from the kernel's state: `dump`, `explain`, `check`, `plan`, `cleanup`. Only the last one changes anything.
 
-use std::process::ExitCode;
+use std::{io, process::ExitCode};
 
 use proxy_ebpf::lb::Tables as _;
 
@@ -29,7 +29,9 @@ pub mod plan;
 pub mod print;
 pub mod read;
 pub mod rehearse;
+pub mod rules;
 
+use contents::Contents;
 use print::{Report, print, render};
 use rehearse::{Rehearsal, rehearse};
 
@@ -42,38 +44,58 @@ pub enum Error {
     /// A source cannot be read.
     #[error(transparent)]
     Source(#[from] daemon::Error),
+    /// There are no pinned maps.
+    #[error(
+        "{0}; in --mode iptables there are none: `proxy-agent dump rules` prints what serves the node then"
+    )]
+    NoMaps(backends::Error),
     /// The client is unknown.
     #[error("{0}")]
     Client(String),
     /// Standard output.
     #[error("cannot write the answer")]
-    Output(#[source] std::io::Error),
+    Output(#[source] io::Error),
 }
 
 fn show(report: &impl Report, output: cli::Output) -> Result<(), Error> {
     print(&render(report, output)).map_err(Error::Output)
 }
 
+fn open_maps(global: &cli::Global) -> Result<PinnedMaps, Error> {
+    PinnedMaps::open(&global.bpf_dir).map_err(|error| match error {
+        backends::Error::Unusable(_) => Error::NoMaps(error),
+        backends::Error::Kernel { ref cause, .. } if cause.kind() == io::ErrorKind::NotFound => {
+            Error::NoMaps(error)
+        }
+        error => Error::Maps(error),
+    })
+}
+
 /// `dump`.
 ///
 /// # Errors
-/// There are no maps, or they cannot be read.
+/// There are no maps, or they or the rules cannot be read.
 pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
-    let maps = PinnedMaps::open(&global.bpf_dir)?;
     let now_ns = monotonic_ns();
-    let mut contents = read::read(&maps)?;
     let output = args.output;
+    let open = || -> Result<(PinnedMaps, Contents), Error> {
+        let maps = open_maps(global)?;
+        let contents = read::read(&maps)?;
+        Ok((maps, contents))
+    };
     match args.what {
-        cli::Table::Services => show(&dump::services(&contents), output)?,
-        cli::Table::Backends => show(&dump::backends(&contents), output)?,
+        cli::Table::Services => show(&dump::services(&open()?.1), output)?,
+        cli::Table::Backends => show(&dump::backends(&open()?.1), output)?,
         cli::Table::Sockets => {
+            let (maps, mut contents) = open()?;
             contents.sockets = read::sockets(&maps)?;
             contents.peers = maps.peers()?;
             show(&dump::sockets(&contents, now_ns), output)?;
         }
-        cli::Table::Affinity => show(&dump::affinity(&contents, now_ns), output)?,
-        cli::Table::Maps => show(&dump::maps(&contents), output)?,
+        cli::Table::Affinity => show(&dump::affinity(&open()?.1, now_ns), output)?,
+        cli::Table::Maps => show(&dump::maps(&open()?.1), output)?,
         cli::Table::Status => {
+            let (maps, contents) = open()?;
             let hooks = maps
                 .hooks()?
                 .into_iter()
@@ -81,6 +103,7 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
                 .collect();
             show(&dump::status(&contents, hooks, now_ns), output)?;
         }
+        cli::Table::Rules => show(&rules::read()?, output)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -90,7 +113,7 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
 /// # Errors
 /// There are no maps, they cannot be read, or there is no such client.
 pub fn explain(global: &cli::Global, args: &cli::Explain) -> Result<ExitCode, Error> {
-    let maps = PinnedMaps::open(&global.bpf_dir)?;
+    let maps = open_maps(global)?;
     let is_node = |address: &proxy_ebpf::abi::Addr| maps.node_address(address).is_some();
     let client =
         client::find(&args.client, maps.meta().netns_cookie, is_node).map_err(Error::Client)?;
@@ -106,7 +129,7 @@ pub fn explain(global: &cli::Global, args: &cli::Explain) -> Result<ExitCode, Er
 /// The answer cannot be written, or a source cannot be read.
 pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error> {
     let mut findings = check::node(&probe(&global.bpf_dir, global.cgroup.as_deref()));
-    findings.push(check::packets(&host::variant::choose()));
+    findings.extend(check::packets(&host::variant::choose()));
     let maps = match PinnedMaps::open(&global.bpf_dir) {
         Ok(maps) => {
             findings.extend(check::maps(&maps.meta(), monotonic_ns()));

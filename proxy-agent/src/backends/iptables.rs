@@ -17,6 +17,7 @@ use crate::{
 mod apply;
 mod describe;
 mod draft;
+pub mod held;
 pub mod host;
 mod known;
 pub mod leftovers;
@@ -76,6 +77,12 @@ impl Display for Key {
             }
         }
     }
+}
+
+/// Whether a set is one of ours.
+fn is_own_set(set: &AddressSet) -> bool {
+    let mut prefixes = ["KUBE-SEP-", "KUBE-GRP-"].iter();
+    prefixes.any(|prefix| set.name.starts_with(prefix))
 }
 
 /// Keeps the rules of a network namespace level with a desired state.
@@ -220,12 +227,7 @@ impl<T: Tables> Backend for IptablesBackend<T> {
 
     fn observe(&mut self) -> Result<BTreeMap<Key, u64>, Error> {
         let sets = self.tables.sets()?;
-        let is_ours = |set: &AddressSet| {
-            ["KUBE-SEP-", "KUBE-GRP-"]
-                .iter()
-                .any(|prefix| set.name.starts_with(prefix))
-        };
-        let sets = sets.into_iter().filter(is_ours);
+        let sets = sets.into_iter().filter(is_own_set);
         let mut found: BTreeMap<_, _> = sets.map(|set| (Key::Set(set), digest(""))).collect();
         self.referenced.clear();
         self.found.clear();

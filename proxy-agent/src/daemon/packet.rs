@@ -60,6 +60,9 @@ pub fn start(
 ) -> Result<LayerThread, Error> {
     let rules = rules(args, place, &host)?;
     tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
+    if let Some(stale) = host.choice().stale {
+        tracing::warn!("{stale}");
+    }
     let is_nft = host.variant().is_nft();
     let rivals = rival::look_out(args.metrics_bind_address, args.packet.takeover_after);
     let rivals = rivals.map_err(super::start("looking out for other proxies"))?;

@@ -10,7 +10,7 @@ use super::{
     plan::Changes,
     print::{Report, columns},
 };
-use crate::backends::{Error, ebpf::probe, iptables::host::variant::Choice};
+use crate::backends::{Error, ebpf::probe, iptables::host::Choice};
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
 /// The agent writes its heartbeat every second; this much later it is late, not merely busy.
@@ -111,18 +111,22 @@ pub fn node(report: &probe::Report) -> Vec<Finding> {
 }
 
 /// What the node offers the packet layer.
-pub fn packets(choice: &Result<Choice, Error>) -> Finding {
+pub fn packets(choice: &Result<Choice, Error>) -> Vec<Finding> {
+    let finding = |state, detail| Finding::new("packet layer", state, detail);
     match choice {
         Ok(Choice {
             variant,
             why,
             version,
-        }) => Finding::new(
-            "packet layer",
-            State::Ok,
-            format!("iptables {version}, {variant}: {why}"),
-        ),
-        Err(error) => Finding::new("packet layer", State::Note, error.to_string()),
+            stale,
+        }) => {
+            let usable = format!("iptables {version}, {variant}: {why}");
+            let stale = stale.map(|stale| finding(State::Differs, stale.to_string()));
+            std::iter::once(finding(State::Ok, usable))
+                .chain(stale)
+                .collect()
+        }
+        Err(error) => vec![finding(State::Note, error.to_string())],
     }
 }
 
@@ -225,6 +229,7 @@ pub fn hooks(attached: &BTreeMap<&'static str, u32>, needed: &[&'static str]) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backends::iptables::host::{Stale, Variant};
     use crate::debug::fixture::{NOW_NS, contents};
 
     fn states(meta: &Meta) -> Vec<State> {
@@ -255,6 +260,26 @@ mod tests {
         meta.flags = 0;
         meta.abi_version = ABI_VERSION + 1;
         assert_eq!(states(&meta), [State::Differs; 3]);
+    }
+
+    #[test]
+    fn stale_rules_in_the_other_variant_differ() {
+        let mut choice = Choice {
+            variant: Variant::Nft,
+            why: "it has 9 rules, legacy 3".to_owned(),
+            version: "1.8.9".to_owned(),
+            stale: None,
+        };
+        let states = |choice: &Choice| {
+            let findings = packets(&Ok(choice.clone())).into_iter();
+            findings.map(|finding| finding.state).collect::<Vec<_>>()
+        };
+        assert_eq!(states(&choice), [State::Ok]);
+        choice.stale = Some(Stale {
+            kept: Variant::Nft,
+            holds: Variant::Legacy,
+        });
+        assert_eq!(states(&choice), [State::Ok, State::Differs]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod policies;
 mod programs_log;
 mod reaper;
 mod restart;
+mod rules;
 mod self_test;
 mod swap;
 mod topology;

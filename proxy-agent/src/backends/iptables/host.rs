@@ -21,7 +21,7 @@ pub mod variant;
 
 pub use owner::Owner;
 use run::{Output, run};
-pub use variant::Variant;
+pub use variant::{Choice, Stale, Variant};
 
 /// How long a tool waits for the lock that all of them share, seconds.
 const LOCK_WAIT_SECONDS: u32 = 5;
@@ -30,12 +30,10 @@ const LOCK_WAIT_SECONDS: u32 = 5;
 /// namespace; without, nothing may be changed that an agent writes.
 #[derive(Clone, Debug)]
 pub struct Host {
-    variant: Variant,
-    why: String,
-    version: String,
+    choice: Choice,
     ipset: Option<PathBuf>,
     features: Features,
-    _owner: Option<Arc<Owner>>,
+    owner: Option<Arc<Owner>>,
 }
 
 impl Host {
@@ -49,39 +47,37 @@ impl Host {
         Ok(host)
     }
 
-    /// Finds the tools, and tries nothing: enough for removing rules.
+    /// Finds the tools, and tries nothing: enough for reading and removing rules.
     ///
     /// # Errors
     /// As for [`Host::open`].
     pub fn find(owner: Option<Owner>) -> Result<Self, Error> {
-        let variant::Choice {
-            variant,
-            why,
-            version,
-        } = variant::choose()?;
         Ok(Self {
-            variant,
-            why,
-            version,
+            choice: variant::choose()?,
             ipset: run::find("ipset"),
             features: Features::default(),
-            _owner: owner.map(Arc::new),
+            owner: owner.map(Arc::new),
         })
+    }
+
+    /// What was found, and why.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
     }
 
     /// The variant in use.
     pub fn variant(&self) -> Variant {
-        self.variant
+        self.choice.variant
     }
 
     /// Why this one: for `check` and the log.
     pub fn why(&self) -> &str {
-        &self.why
+        &self.choice.why
     }
 
     /// Version of the tools: "1.8.9".
     pub fn version(&self) -> &str {
-        &self.version
+        &self.choice.version
     }
 
     /// What they and the kernel can do.
@@ -90,7 +86,13 @@ impl Host {
     }
 
     fn tool(&self, family: Family, verb: &str) -> Result<PathBuf, Error> {
-        self.variant.tool(family, verb)
+        self.choice.variant.tool(family, verb)
+    }
+
+    fn may_write(&self) -> Result<(), Error> {
+        let reading =
+            || Error::Unusable("the tables were opened without becoming their owner".to_owned());
+        self.owner.as_ref().map(|_| ()).ok_or_else(reading)
     }
 
     fn ipset(&self) -> Result<&PathBuf, Error> {
@@ -105,6 +107,7 @@ impl Tables for Host {
     }
 
     fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {
+        self.may_write()?;
         self.restore_in(family, &table.to_string(), text)
     }
 
@@ -190,6 +193,7 @@ impl Host {
         if text.is_empty() {
             return Ok(());
         }
+        self.may_write()?;
         let ipset = self.ipset()?;
         let output = run(ipset, &["-exist", "restore"], text)?;
         match output.success {

@@ -51,6 +51,38 @@ pub(super) struct Saved {
     pub(super) has_kubelet_firewall: bool,
 }
 
+/// One line that says something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Line<'a> {
+    /// There is a chain: its name, and its policy, which is "-" unless it is built in.
+    Chain(&'a str, &'a str),
+    /// A chain has a rule.
+    Rule(&'a str, &'a str),
+}
+
+/// The lines of the text of one table.
+///
+/// # Errors
+/// The text ends in the middle.
+pub(super) fn lines(text: &str, table: Table) -> Result<impl Iterator<Item = Line<'_>>, Error> {
+    if text.lines().any(|line| line.starts_with('*')) && !text.lines().any(|line| line == "COMMIT")
+    {
+        return Err(Error::Unusable(format!(
+            "cannot read table {table}: the text of iptables-save ends in the middle"
+        )));
+    }
+    Ok(text.lines().filter_map(|line| {
+        if let Some(declared) = line.strip_prefix(':') {
+            let (name, rest) = declared.split_once(' ').unwrap_or((declared, ""));
+            let policy = rest.split(' ').next().unwrap_or_default();
+            return Some(Line::Chain(name, policy));
+        }
+        let rule = line.strip_prefix("-A ")?;
+        let (chain, rule) = rule.split_once(' ').unwrap_or((rule, ""));
+        Some(Line::Rule(chain, rule))
+    }))
+}
+
 /// Reads the text of one table; `anchors` are those to look for.
 ///
 /// # Errors
@@ -61,32 +93,23 @@ pub(super) fn parse(
     table: Table,
     anchors: &[Anchor],
 ) -> Result<Saved, Error> {
-    if text.lines().any(|line| line.starts_with('*')) && !text.lines().any(|line| line == "COMMIT")
-    {
-        return Err(Error::Unusable(format!(
-            "cannot read table {table}: the text of iptables-save ends in the middle"
-        )));
-    }
     let mut saved = Saved::default();
     let mut digests: BTreeMap<ChainName, Digest> = BTreeMap::new();
-    for line in text.lines() {
-        if let Some(declared) = line.strip_prefix(':') {
-            let name = declared.split(' ').next().unwrap_or_default();
-            saved.has_kubelet_firewall |= name == base::KUBELET_FIREWALL.as_str();
-            if let Some(name) = ours(table, name) {
-                digests.entry(name).or_default();
+    for line in lines(text, table)? {
+        match line {
+            Line::Chain(name, _) => {
+                saved.has_kubelet_firewall |= name == base::KUBELET_FIREWALL.as_str();
+                if let Some(name) = ours(table, name) {
+                    digests.entry(name).or_default();
+                }
             }
-        } else if let Some((chain, rule)) = line
-            .strip_prefix("-A ")
-            .map(|rule| rule.split_once(' ').unwrap_or((rule, "")))
-        {
-            match ours(table, chain) {
+            Line::Rule(chain, rule) => match ours(table, chain) {
                 Some(chain) => {
                     digests.entry(chain).or_default().add(rule);
                     saved.leaves.extend(found::leaf(family, table, chain, rule));
                 }
                 None => saved.foreign(table, chain, rule, anchors),
-            }
+            },
         }
     }
     let digests = digests.into_iter();
@@ -96,7 +119,8 @@ pub(super) fn parse(
     Ok(saved)
 }
 
-fn ours(table: Table, chain: &str) -> Option<ChainName> {
+/// The name of a chain, if it is ours.
+pub(super) fn ours(table: Table, chain: &str) -> Option<ChainName> {
     ChainName::new(chain).filter(|chain| base::is_ours(table, *chain))
 }
 
@@ -110,12 +134,16 @@ impl Saved {
             self.anchors.insert(*own);
             return;
         }
-        let mut words = rule.split(' ');
-        if words.any(|word| word == "-j" || word == "-g") {
-            self.referenced
-                .extend(words.next().and_then(|target| ours(table, target)));
-        }
+        self.referenced
+            .extend(target(rule).and_then(|target| ours(table, target)));
     }
+}
+
+/// The target of a rule, or the chain that it leads to.
+pub(super) fn target(rule: &str) -> Option<&str> {
+    let mut words = rule.split(' ');
+    words.find(|word| ["-j", "-g"].contains(word))?;
+    words.next()
 }
 
 #[cfg(test)]

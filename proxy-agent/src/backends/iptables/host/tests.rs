@@ -21,14 +21,10 @@ use crate::{
 
 /// The tools of a variant, untried.
 fn host(variant: Variant) -> Host {
-    Host {
-        variant,
-        why: String::new(),
-        version: variant::choose().expect("iptables").version,
-        ipset: run::find("ipset"),
-        features: Features::default(),
-        _owner: Some(Arc::new(Owner::take().expect("a namespace of its own"))),
-    }
+    let mut host =
+        Host::find(Some(Owner::take().expect("a namespace of its own"))).expect("iptables");
+    host.choice.variant = variant;
+    host
 }
 
 /// Runs `test` with the tools of each variant in a network namespace of its own.
@@ -268,12 +264,36 @@ fn the_holder_of_the_lock_is_named() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_network_namespace_has_one_agent() {
+fn a_network_namespace_has_one_agent_and_any_number_of_readers() {
     in_namespace(|| {
         let first = Host::find(Some(Owner::take().unwrap())).unwrap();
         let error = Owner::take().unwrap_err().to_string();
         assert!(error.contains("stop it first"), "{error}");
+        let mut reader = Host::find(None).unwrap();
+        reader.save(Family::V4, Table::Nat).unwrap();
+        let text = "*nat\n:KUBE-SVC-A - [0:0]\nCOMMIT\n";
+        let error = reader.restore(Family::V4, Table::Nat, text).unwrap_err();
+        assert!(error.to_string().contains("owner"), "{error}");
         drop(first);
         Owner::take().map(drop).unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn rules_that_another_variant_holds_are_found_in_the_own_namespace() {
+    each_variant(|host| {
+        let text = "*nat\n:KUBE-SERVICES - [0:0]\n-A KUBE-SERVICES -j RETURN\nCOMMIT\n";
+        host.restore(Family::V6, Table::Nat, text).unwrap();
+        let (holds, kept) = match host.variant() {
+            Variant::Nft => (Variant::Nft, Variant::Legacy),
+            other => (other, Variant::Nft),
+        };
+        host.choice.variant = kept;
+        let hint = "*filter\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n";
+        host.restore(Family::V4, Table::Filter, hint).unwrap();
+        let choice = variant::choose().unwrap();
+        assert_eq!(choice.variant, kept);
+        assert_eq!(choice.stale, Some(Stale { kept, holds }));
     });
 }

@@ -81,6 +81,29 @@ pub struct Choice {
     pub why: String,
     /// Version of its tools: "1.8.9".
     pub version: String,
+    /// Rules of Services are in the other variant.
+    pub stale: Option<Stale>,
+}
+
+/// Rules of Services in a variant that nobody keeps: the kernel obeys them as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stale {
+    /// The variant that is kept.
+    pub kept: Variant,
+    /// The one that holds them.
+    pub holds: Variant,
+}
+
+impl fmt::Display for Stale {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kept, holds } = self;
+        write!(
+            f,
+            "iptables-{holds} holds rules of Services that nobody updates, since this node's are kept in iptables-{kept}: \
+            packets meet both. When nothing else writes there, remove them: iptables-{holds}-save | grep -vE \
+            'KUBE-|PROXY-AGENT-' | iptables-{holds}-restore; and the same with ip6tables-{holds}"
+        )
+    }
 }
 
 /// Looks where this host's rules are.
@@ -96,19 +119,28 @@ pub fn choose() -> Result<Choice, Error> {
     let version = version(&output.stdout)?;
     let default_is_nft = output.stdout.contains("nf_tables");
     let both = Variant::Nft.is_installed() && Variant::Legacy.is_installed();
-    let (variant, why) = match both {
-        true => by_rules(default_is_nft)?,
-        false => (
-            Variant::Unnamed {
+    if !both {
+        return Ok(Choice {
+            variant: Variant::Unnamed {
                 is_nft: default_is_nft,
             },
-            "it is the only one installed".to_owned(),
-        ),
+            why: "it is the only one installed".to_owned(),
+            version,
+            stale: None,
+        });
+    }
+    let nft = saved(Variant::Nft)?;
+    // Asking for legacy tables makes the kernel load them, so it is not asked where there are none.
+    let legacy = match legacy_is_in_use() {
+        true => saved(Variant::Legacy)?,
+        false => String::new(),
     };
+    let (variant, why) = judge(&nft, &legacy, default_is_nft);
     Ok(Choice {
         variant,
         why,
         version,
+        stale: stale(variant, &nft, &legacy),
     })
 }
 
@@ -125,16 +157,6 @@ fn version(text: &str) -> Result<String, Error> {
             "iptables -V answers {text:?}, which names no version"
         ))
     })
-}
-
-fn by_rules(default_is_nft: bool) -> Result<(Variant, String), Error> {
-    let nft = saved(Variant::Nft)?;
-    // Asking for legacy tables makes the kernel load them, so it is not asked where there are none.
-    let legacy = match legacy_is_in_use() {
-        true => saved(Variant::Legacy)?,
-        false => String::new(),
-    };
-    Ok(judge(&nft, &legacy, default_is_nft))
 }
 
 fn judge(nft: &str, legacy: &str, default_is_nft: bool) -> (Variant, String) {
@@ -156,6 +178,17 @@ fn judge(nft: &str, legacy: &str, default_is_nft: bool) -> (Variant, String) {
     }
 }
 
+/// Whether the variant that was not chosen holds rules of Services; an empty chain is none.
+fn stale(kept: Variant, nft: &str, legacy: &str) -> Option<Stale> {
+    let (holds, other) = match kept.is_nft() {
+        true => (Variant::Legacy, legacy),
+        false => (Variant::Nft, nft),
+    };
+    let mut lines = other.lines();
+    let has_services = lines.any(|line| line.starts_with("-A KUBE-SERVICES "));
+    has_services.then_some(Stale { kept, holds })
+}
+
 /// All tables of both families.
 fn saved(variant: Variant) -> Result<String, Error> {
     let mut text = String::new();
@@ -167,11 +200,13 @@ fn saved(variant: Variant) -> Result<String, Error> {
     Ok(text)
 }
 
-/// The tables that the kernel has for legacy tools.
+/// Whether the kernel has tables for legacy tools in the calling thread's network namespace.
 fn legacy_is_in_use() -> bool {
-    ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"]
-        .iter()
-        .any(|names| fs::read_to_string(names).is_ok_and(|names| !names.trim().is_empty()))
+    ["ip_tables_names", "ip6_tables_names"].iter().any(|names| {
+        // `/proc/net` is that of the process's first thread.
+        let names = fs::read_to_string(format!("/proc/thread-self/net/{names}"));
+        names.is_ok_and(|names| !names.trim().is_empty())
+    })
 }
 
 #[cfg(test)]
@@ -195,6 +230,29 @@ mod tests {
         ] {
             assert_eq!(judge(nft, legacy, default_is_nft).0, expected);
         }
+    }
+
+    #[test]
+    fn rules_of_services_in_the_other_variant_are_stale() {
+        let ours = "*nat\n:KUBE-SERVICES - [0:0]\n-A KUBE-SERVICES -j KUBE-NODEPORTS\nCOMMIT\n";
+        let empty = "*nat\n:KUBE-SERVICES - [0:0]\nCOMMIT\n";
+        let (nft, legacy) = (Variant::Nft, Variant::Legacy);
+        for (kept, in_nft, in_legacy, holds) in [
+            (nft, ours, ours, Some(legacy)),
+            (legacy, ours, ours, Some(nft)),
+            (nft, "", ours, Some(legacy)),
+            (nft, ours, empty, None),
+            (legacy, "", ours, None),
+        ] {
+            let found = stale(kept, in_nft, in_legacy);
+            assert_eq!(found, holds.map(|holds| Stale { kept, holds }));
+        }
+        let text = stale(nft, ours, ours).map(|stale| stale.to_string());
+        let text = text.unwrap_or_default();
+        assert!(
+            text.starts_with("iptables-legacy holds") && text.contains("kept in iptables-nft"),
+            "{text}"
+        );
     }
 
     #[test]

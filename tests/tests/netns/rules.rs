@@ -1,0 +1,117 @@
+//! What the commands say of the packet layer, which has no maps.
+
+use anyhow::{Context, ensure};
+use proxy_tests::{
+    Scenario, Service,
+    scenario::{SOON, TCP, TCP_TARGET, in_family},
+    wait_for,
+};
+use serde_json::Value;
+
+const ARGS: [&str; 6] = [
+    "--mode",
+    "iptables",
+    "--cluster-cidr",
+    "10.244.0.0/16,fd00:10:244::/48",
+    "--iptables-min-sync-period",
+    "100ms",
+];
+
+/// Runs `body` in both families with an agent in iptables mode that serves a Service with affinity at `vip(1)`.
+fn each_family(name: &str, body: impl Fn(&mut Scenario) -> anyhow::Result<()>) {
+    for v6 in [false, true] {
+        in_family(name, v6, &ARGS, |s| {
+            let service = Service::new("web", &[s.vip(1)])
+                .port("http", "TCP", TCP, TCP_TARGET)
+                .affinity(600);
+            s.manifests.put(&service.endpoint(s.endpoint(&s.near)))?;
+            let vip = (s.vip(1), TCP).into();
+            wait_for("the Service is served", SOON, || {
+                Ok(s.client.peer()?.ask_tcp(vip)?)
+            })?;
+            body(s)
+        });
+    }
+}
+
+/// The member of an array whose members are these.
+fn find<'a>(array: &'a Value, members: &[(&str, &str)]) -> anyhow::Result<&'a Value> {
+    let mut all = array.as_array().context("no array")?.iter();
+    all.find(|one| members.iter().all(|(name, value)| one[*name] == *value))
+        .with_context(|| format!("no {members:?} in {array}"))
+}
+
+#[test]
+#[ignore = "needs root"]
+fn dump_rules_says_what_the_kernel_holds() {
+    each_family("dump-rules", |s| {
+        let family = if s.v6 { "IPv6" } else { "IPv4" };
+        for is_alive in [true, false] {
+            if !is_alive {
+                s.agent.kill9()?;
+            }
+            let dump = s.agent.json(&["dump", "rules"])?;
+            let nat = find(&dump["tables"], &[("table", "nat"), ("family", family)])?;
+            let jump = find(&nat["jumps"], &[("chain", "OUTPUT")])?;
+            ensure!(jump["rule"].to_string().contains("-j KUBE-SERVICES"));
+            let services = find(&nat["chains"], &[("chain", "KUBE-SERVICES")])?;
+            let vip = format!("-d {}/", s.vip(1));
+            ensure!(services["rules"].to_string().contains(&vip), "{services}");
+            let set = find(&dump["sets"], &[("family", family)])?;
+            ensure!(set["timeout_seconds"] == 600, "{set}");
+        }
+        for format in ["table", "yaml"] {
+            let text = s.agent.text(&["dump", "rules", "-o", format])?;
+            ensure!(text.contains("KUBE-POSTROUTING"), "{format}: {text}");
+        }
+        let no_maps = s.agent.run(&["dump", "services"])?;
+        let text = String::from_utf8_lossy(&no_maps.stderr);
+        ensure!(
+            no_maps.status.code() == Some(1) && text.contains("dump rules"),
+            "{no_maps:?}"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn rules_of_services_in_the_variant_that_nobody_keeps_are_told() {
+    for (kept, stale) in [("nft", "legacy"), ("legacy", "nft")] {
+        let name = format!("stale-{stale}");
+        let mut s = Scenario::without_agent(&name, false, &ARGS).expect("a cluster");
+        let body = |s: &mut Scenario| -> anyhow::Result<()> {
+            let chain = |variant: &str, args: &str| {
+                s.a.output(
+                    &format!("iptables-{variant}"),
+                    &args.split(' ').collect::<Vec<_>>(),
+                )
+            };
+            chain(kept, "-t mangle -N KUBE-IPTABLES-HINT")?;
+            chain(stale, "-t nat -N KUBE-SERVICES")?;
+            chain(stale, "-t nat -A KUBE-SERVICES -j RETURN")?;
+            s.agent.spawn()?;
+            s.agent.wait_ready()?;
+            let told = format!("iptables-{stale} holds rules of Services");
+            s.agent.wait_log(&told)?;
+            let check = || -> anyhow::Result<_> {
+                let output = s.agent.run(&["check"])?;
+                let text = String::from_utf8_lossy(&output.stdout).into_owned();
+                Ok((output.status.code(), text))
+            };
+            let (code, text) = check()?;
+            ensure!(code == Some(2) && text.contains(&told), "{code:?} {text}");
+            // What it says to do.
+            let command = text
+                .split_once("remove them: ")
+                .and_then(|(_, rest)| rest.split_once(';'))
+                .map(|(command, _)| command)
+                .context("no remedy")?;
+            s.a.output("sh", &["-ec", command])?;
+            let (code, text) = check()?;
+            ensure!(code == Some(0) && !text.contains(&told), "{code:?} {text}");
+            Ok(())
+        };
+        body(&mut s).unwrap_or_else(|error| panic!("{name}: {error:?}\n{}", s.agent.log()));
+    }
+}
