@@ -150,6 +150,22 @@ pub struct Run {
     pub log_programs: bool,
 }
 
+/// Which layers a node has, for the commands that say what `run` would do.
+#[derive(Clone, Debug, Args)]
+pub struct Layers {
+    /// How Services are served, as given to `run`
+    #[arg(
+        long,
+        alias = "proxy-mode",
+        value_name = "MODE",
+        default_value = "auto"
+    )]
+    pub mode: Mode,
+    /// What arrives as a packet, as given to `run`.
+    #[command(flatten)]
+    pub packet: Packet,
+}
+
 /// The packet layer. Names and defaults are kube-proxy's (cmd/kube-proxy/app/options.go).
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Packet layer")]
@@ -330,6 +346,9 @@ pub struct Check {
     /// Compared with the kernel's state when given.
     #[command(flatten)]
     pub sources: Sources,
+    /// The layers to look at.
+    #[command(flatten)]
+    pub layers: Layers,
     /// How to print it
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     pub output: Output,
@@ -341,6 +360,9 @@ pub struct Plan {
     /// Where Services come from.
     #[command(flatten)]
     pub sources: Sources,
+    /// The layers that would run.
+    #[command(flatten)]
+    pub layers: Layers,
     /// How to print it
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     pub output: Output,

@@ -39,7 +39,7 @@ mod host_settings;
 mod layer;
 mod mode;
 pub mod namespaces;
-mod packet;
+pub mod packet;
 pub mod place;
 mod programs_log;
 pub mod reaper;

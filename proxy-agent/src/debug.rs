@@ -33,14 +33,13 @@ pub mod rules;
 
 use contents::Contents;
 use print::{Report, print, render};
-use rehearse::{Rehearsal, rehearse};
 
 /// Why a question could not be answered.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The pinned maps cannot be read.
+    /// The kernel's state cannot be read.
     #[error(transparent)]
-    Maps(#[from] backends::Error),
+    Kernel(#[from] backends::Error),
     /// A source cannot be read.
     #[error(transparent)]
     Source(#[from] daemon::Error),
@@ -67,7 +66,7 @@ fn open_maps(global: &cli::Global) -> Result<PinnedMaps, Error> {
         backends::Error::Kernel { ref cause, .. } if cause.kind() == io::ErrorKind::NotFound => {
             Error::NoMaps(error)
         }
-        error => Error::Maps(error),
+        error => Error::Kernel(error),
     })
 }
 
@@ -128,38 +127,35 @@ pub fn explain(global: &cli::Global, args: &cli::Explain) -> Result<ExitCode, Er
 /// # Errors
 /// The answer cannot be written, or a source cannot be read.
 pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error> {
-    let mut findings = check::node(&probe(&global.bpf_dir, global.cgroup.as_deref()));
-    findings.extend(check::packets(&host::variant::choose()));
-    let maps = match PinnedMaps::open(&global.bpf_dir) {
-        Ok(maps) => {
-            findings.extend(check::maps(&maps.meta(), monotonic_ns()));
-            let needed: Vec<_> = Hook::ALL
-                .iter()
-                .filter(|hook| !hook.is_optional())
-                .map(|hook| hook.name())
-                .collect();
-            let attached = maps
-                .hooks()?
-                .into_iter()
-                .map(|hook| (hook.hook, hook.program))
-                .collect();
-            findings.push(check::hooks(&attached, &needed));
-            Some(maps)
+    let mode = args.layers.mode;
+    let probed = probe(&global.bpf_dir, global.cgroup.as_deref());
+    let has_sockets = rehearse::has_sockets(mode, || probed.is_usable());
+    let mut findings = check::node(&probed, mode != cli::Mode::Iptables);
+    let choice = host::variant::choose();
+    findings.extend(check::packets(&choice, !has_sockets));
+    let mut maps = None;
+    if mode != cli::Mode::Iptables {
+        match PinnedMaps::open(&global.bpf_dir) {
+            Ok(opened) => {
+                findings.extend(check_maps(&opened)?);
+                maps = Some(opened);
+            }
+            Err(error) => {
+                let note = check::State::Note;
+                findings.push(check::Finding::new("maps", note, error.to_string()));
+            }
         }
-        Err(error) => {
-            findings.push(check::Finding::new(
-                "maps",
-                check::State::Note,
-                error.to_string(),
-            ));
-            None
-        }
-    };
+    }
     if let Some(manifests) = &args.sources.manifests {
         let desired = desired::read(global, &args.sources, manifests)?;
         findings.extend(check::sources(&desired));
-        let Rehearsal { observed, plan } = rehearse(maps.as_ref(), &desired.state)?;
-        findings.push(check::drift(&plan::changes(&plan, &observed)));
+        if has_sockets {
+            findings.push(check::drift(&rehearse::sockets(maps.as_ref(), &desired)?));
+        }
+        if choice.is_ok() {
+            let packets = rehearse::packets(&args.sources, &args.layers, has_sockets, &desired)?;
+            findings.push(check::drift(&packets));
+        }
     }
     let findings = check::Findings(findings);
     show(&findings, args.output)?;
@@ -170,10 +166,20 @@ pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error>
     })
 }
 
+fn check_maps(maps: &PinnedMaps) -> Result<Vec<check::Finding>, Error> {
+    let mut findings = check::maps(&maps.meta(), monotonic_ns());
+    let needed = Hook::ALL.iter().filter(|hook| !hook.is_optional());
+    let needed: Vec<_> = needed.map(|hook| hook.name()).collect();
+    let attached = maps.hooks()?.into_iter();
+    let attached = attached.map(|hook| (hook.hook, hook.program)).collect();
+    findings.push(check::hooks(&attached, &needed));
+    Ok(findings)
+}
+
 /// `plan`.
 ///
 /// # Errors
-/// There is no source, a source or the maps cannot be read.
+/// There is no source, or a source, the maps or the rules cannot be read.
 pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
     let manifests = args
         .sources
@@ -181,19 +187,30 @@ pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
         .as_deref()
         .ok_or(daemon::Error::NoSource)?;
     let desired = desired::read(global, &args.sources, manifests)?;
-    let maps = match global.bpf_dir.exists() {
-        true => Some(PinnedMaps::open(&global.bpf_dir)?),
-        false => None,
-    };
-    let Rehearsal { observed, mut plan } = rehearse(maps.as_ref(), &desired.state)?;
     if !desired.is_complete {
         tracing::warn!(
             "until the manifests are mended, `run` adds what is missing and leaves the rest as it finds it"
         );
-        plan.deletions.clear();
-        plan.upserts.retain(|(key, _)| !observed.contains_key(key));
     }
-    let changes = plan::changes(&plan, &observed);
+    let is_usable = || probe(&global.bpf_dir, global.cgroup.as_deref()).is_usable();
+    let has_sockets = rehearse::has_sockets(args.layers.mode, is_usable);
+    let mut changes = Vec::new();
+    if has_sockets {
+        let maps = match global.bpf_dir.exists() {
+            true => Some(PinnedMaps::open(&global.bpf_dir)?),
+            false => None,
+        };
+        changes.extend(rehearse::sockets(maps.as_ref(), &desired)?.changes);
+    }
+    match rehearse::packets(&args.sources, &args.layers, has_sockets, &desired) {
+        Ok(packets) => changes.extend(packets.changes),
+        // As `run` does without the tools.
+        Err(Error::Kernel(error @ backends::Error::Unusable(_))) if has_sockets => {
+            tracing::warn!(%error, "no packet layer");
+        }
+        Err(error) => return Err(error),
+    }
+    let changes = plan::Changes(changes);
     show(&changes, args.output)?;
     Ok(if changes.0.is_empty() {
         ExitCode::SUCCESS

@@ -8,6 +8,7 @@ use std::{
     time::Instant,
 };
 
+use nix::unistd::{AccessFlags, access};
 use tokio::sync::watch;
 
 use super::{
@@ -22,12 +23,12 @@ use crate::{
         iptables::{
             IptablesBackend,
             host::Host,
-            rules::{LocalPods, NodePorts, Rules},
+            rules::{Features, LocalPods, NodePorts, Rules},
             watch::Watched,
         },
         process,
     },
-    cli::{DetectLocalMode, Run},
+    cli::{DetectLocalMode, Packet, Run, Sources},
     compile::Compiler,
     metrics::Metrics,
     state::{Family, NodePortAddresses, ServicePort},
@@ -58,7 +59,13 @@ pub fn start(
     metrics: &Arc<Metrics>,
     give_way: watch::Sender<bool>,
 ) -> Result<LayerThread, Error> {
-    let rules = rules(args, place, &host)?;
+    let rules = rules(
+        &args.sources,
+        &args.packet,
+        place,
+        host.features(),
+        route_localnet,
+    )?;
     tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
     if let Some(stale) = host.choice().stale {
         tracing::warn!("{stale}");
@@ -127,13 +134,18 @@ fn cleaner(metrics: &Metrics) -> io::Result<Cleaner> {
     })
 }
 
-/// The rules that the flags ask for.
+/// The rules that the flags ask for. `route_localnet` says whether that is set; asked only if it matters.
 ///
 /// # Errors
 /// A flag that another one needs is missing.
-fn rules(args: &Run, place: Place, host: &Host) -> Result<Rules, Error> {
-    let node_ports = NodePortAddresses::new(&args.sources.nodeport_addresses);
-    let args = &args.packet;
+pub fn rules(
+    sources: &Sources,
+    args: &Packet,
+    place: Place,
+    features: Features,
+    route_localnet: impl FnOnce() -> bool,
+) -> Result<Rules, Error> {
+    let node_ports = NodePortAddresses::new(&sources.nodeport_addresses);
     let needs = |flag| Error::Flag {
         flag,
         mode: args.detect_local_mode,
@@ -173,7 +185,7 @@ fn rules(args: &Run, place: Place, host: &Host) -> Result<Rules, Error> {
             && node_ports.contain_loopback()
             && route_localnet(),
         conntrack_liberal: is_set(BE_LIBERAL),
-        features: host.features(),
+        features,
     })
 }
 
@@ -199,6 +211,11 @@ fn route_localnet() -> bool {
             false
         }
     }
+}
+
+/// Whether `run` finds `route_localnet` set or can set it.
+pub fn has_route_localnet() -> bool {
+    is_set(ROUTE_LOCALNET) || access(ROUTE_LOCALNET, AccessFlags::W_OK).is_ok()
 }
 
 /// Service ports that the tools refuse: each told once, until it goes in.

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use super::{
     desired::Desired,
-    plan::Changes,
     print::{Report, columns},
+    rehearse::Rehearsal,
 };
 use crate::backends::{Error, ebpf::probe, iptables::host::Choice};
 
@@ -90,11 +90,11 @@ impl Report for Findings {
     }
 }
 
-/// What the node offers the socket layer.
-pub fn node(report: &probe::Report) -> Vec<Finding> {
+/// What the node offers the socket layer. What is missing is worth a note only where none `is_wanted`.
+pub fn node(report: &probe::Report, is_wanted: bool) -> Vec<Finding> {
     let kernel = Finding::new("kernel", State::Ok, report.kernel.clone());
     let missing = report.missing.iter().map(|missing| {
-        let state = if missing.is_required {
+        let state = if missing.is_required && is_wanted {
             State::Missing
         } else {
             State::Note
@@ -110,8 +110,8 @@ pub fn node(report: &probe::Report) -> Vec<Finding> {
         .collect()
 }
 
-/// What the node offers the packet layer.
-pub fn packets(choice: &Result<Choice, Error>) -> Vec<Finding> {
+/// What the node offers the packet layer, and whether the agent `is_lost` without it.
+pub fn packets(choice: &Result<Choice, Error>, is_lost: bool) -> Vec<Finding> {
     let finding = |state, detail| Finding::new("packet layer", state, detail);
     match choice {
         Ok(Choice {
@@ -126,6 +126,7 @@ pub fn packets(choice: &Result<Choice, Error>) -> Vec<Finding> {
                 .chain(stale)
                 .collect()
         }
+        Err(error) if is_lost => vec![finding(State::Missing, error.to_string())],
         Err(error) => vec![finding(State::Note, error.to_string())],
     }
 }
@@ -143,17 +144,18 @@ pub fn sources(desired: &Desired) -> Vec<Finding> {
     broken.chain(problems).collect()
 }
 
-/// What the manifests ask for and the kernel lacks, or the other way round.
-pub fn drift(changes: &Changes) -> Finding {
-    let Some(first) = changes.0.first() else {
-        return Finding::new("kernel state", State::Ok, "is what the manifests ask for");
+/// What the manifests ask for and a layer lacks, or the other way round.
+pub fn drift(Rehearsal { layer, changes }: &Rehearsal) -> Finding {
+    let what = format!("{layer} layer's state");
+    let Some(first) = changes.first() else {
+        return Finding::new(what, State::Ok, "is what the manifests ask for");
     };
-    let count = changes.0.len();
+    let count = changes.len();
     let detail = format!(
         "{count} differ from the manifests, the first: {} {}; `proxy-agent plan` lists them",
         first.action, first.object
     );
-    Finding::new("kernel state", State::Differs, detail)
+    Finding::new(what, State::Differs, detail)
 }
 
 /// What META says of the maps and their agent. `now_ns` is CLOCK_MONOTONIC.
@@ -263,6 +265,13 @@ mod tests {
     }
 
     #[test]
+    fn tools_that_nothing_works_without_are_missing() {
+        let none = || Err(Error::Unusable("iptables is not in PATH".to_owned()));
+        assert_eq!(packets(&none(), true)[0].state, State::Missing);
+        assert_eq!(packets(&none(), false)[0].state, State::Note);
+    }
+
+    #[test]
     fn stale_rules_in_the_other_variant_differ() {
         let mut choice = Choice {
             variant: Variant::Nft,
@@ -271,7 +280,7 @@ mod tests {
             stale: None,
         };
         let states = |choice: &Choice| {
-            let findings = packets(&Ok(choice.clone())).into_iter();
+            let findings = packets(&Ok(choice.clone()), true).into_iter();
             findings.map(|finding| finding.state).collect::<Vec<_>>()
         };
         assert_eq!(states(&choice), [State::Ok]);

@@ -11,7 +11,6 @@ use crate::{
     daemon::{
         self,
         place::{node_name, node_ports},
-        self_test::add_canary,
     },
     model::Model,
     sources::{self, file, node},
@@ -57,8 +56,7 @@ pub fn read(global: &Global, sources: &Sources, manifests: &Path) -> Result<Desi
             model.apply(update);
         }
         let mut compiler = Compiler::default();
-        let mut state = compiler.compile_all(&model).state;
-        add_canary(&mut state);
+        let state = compiler.compile_all(&model).state;
         Ok(Desired {
             state,
             is_complete: model.is_complete(),

@@ -1,41 +1,105 @@
-//! What `run` would do, without doing it: its backend over a copy of the maps.
+//! What `run` would do, without doing it: its backends over a copy of the maps, and over rules that are only read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::{
-    backends::{
-        Backend as _, Bounds, Error, Key,
-        ebpf::{EbpfBackend, simulated::Simulated, store::Store as _, view::PinnedMaps},
-    },
-    plan::Plan,
-    state::DesiredState,
-};
 use proxy_ebpf::lb::Tables as _;
 
-/// What the maps hold, and what would change.
+use super::{
+    Error,
+    desired::Desired,
+    plan::{Change, changes},
+};
+use crate::{
+    backends::{
+        self, Backend, Bounds, Part,
+        ebpf::{EbpfBackend, simulated::Simulated, store::Store as _, view::PinnedMaps},
+        iptables::{IptablesBackend, host::Host},
+    },
+    cli::{Layers, Mode, Sources},
+    daemon::{
+        packet::{Place, has_route_localnet, rules},
+        self_test::add_canary,
+    },
+    state::DesiredState,
+};
+
+/// What would change in one layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rehearsal {
-    /// Digests of what the maps hold.
-    pub observed: BTreeMap<Key, u64>,
-    /// What would change.
-    pub plan: Plan<Key, u64>,
+    /// "socket" or "packet".
+    pub layer: &'static str,
+    /// In the order in which it would be done.
+    pub changes: Vec<Change>,
 }
 
-/// Compares a complete desired state with pinned maps; none means that there are none yet.
+/// Compares pinned maps with what the sources ask for; no maps means that there are none yet.
 ///
 /// # Errors
 /// The maps could not be read.
-pub fn rehearse(maps: Option<&PinnedMaps>, state: &DesiredState) -> Result<Rehearsal, Error> {
+pub fn sockets(maps: Option<&PinnedMaps>, desired: &Desired) -> Result<Rehearsal, Error> {
     let copy = match maps {
         Some(maps) => copy(maps)?,
         None => Simulated::default(),
     };
-    let mut backend = EbpfBackend::new(copy);
-    let observed = backend.observe()?;
-    let plan = backend.plan(&observed, state, Bounds::default());
-    Ok(Rehearsal { observed, plan })
+    let mut state = desired.state.clone();
+    add_canary(&mut state);
+    let backend = EbpfBackend::new(copy);
+    Ok(rehearse("socket", backend, &state, desired.is_complete)?)
 }
 
-fn copy(maps: &PinnedMaps) -> Result<Simulated, Error> {
+/// Compares the rules of this node with what the sources ask for. Writes nothing.
+///
+/// # Errors
+/// A flag is missing; the rules could not be read.
+pub fn packets(
+    sources: &Sources,
+    layers: &Layers,
+    has_sockets: bool,
+    desired: &Desired,
+) -> Result<Rehearsal, Error> {
+    let place = match has_sockets {
+        true => Place::BesideSockets,
+        false => Place::Alone,
+    };
+    let host = Host::for_planning()?;
+    let features = host.features();
+    let rules = rules(sources, &layers.packet, place, features, has_route_localnet)?;
+    let backend = IptablesBackend::new(host, rules);
+    let state = &desired.state;
+    Ok(rehearse("packet", backend, state, desired.is_complete)?)
+}
+
+/// Whether `run` would have a socket layer; `is_usable` says whether the node can have one.
+pub fn has_sockets(mode: Mode, is_usable: impl FnOnce() -> bool) -> bool {
+    match mode {
+        Mode::Ebpf => true,
+        Mode::Iptables => false,
+        Mode::Auto => is_usable(),
+    }
+}
+
+fn rehearse<B: Backend>(
+    layer: &'static str,
+    mut backend: B,
+    state: &DesiredState,
+    is_complete: bool,
+) -> Result<Rehearsal, backends::Error> {
+    let observed: BTreeMap<B::Key, B::Value> = backend.observe()?;
+    let nothing = BTreeSet::new();
+    let bounds = Bounds {
+        scope: None,
+        // As `run` does when it starts while a source lacks something.
+        touched: (!is_complete).then_some(Part {
+            services: &nothing,
+            addresses: false,
+        }),
+    };
+    let plan = backend.plan(&observed, state, bounds);
+    let changes = changes(layer, &plan, &observed);
+    Ok(Rehearsal { layer, changes })
+}
+
+fn copy(maps: &PinnedMaps) -> Result<Simulated, backends::Error> {
     let mut copy = Simulated::default();
     let capacity = maps.capacity();
     copy.reserve(&capacity)?;

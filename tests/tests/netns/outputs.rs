@@ -156,7 +156,7 @@ fn plan_and_check_tell_drift_from_its_absence() {
         for verb in ["plan", "check"] {
             let (exit, text) = code(s, verb)?;
             ensure!(
-                exit == Some(2) && text.contains("default/web"),
+                exit == Some(2) && text.contains("default/web") && text.contains("packet"),
                 "{verb}: {exit:?} {text}"
             );
         }

@@ -115,3 +115,62 @@ fn rules_of_services_in_the_variant_that_nobody_keeps_are_told() {
         body(&mut s).unwrap_or_else(|error| panic!("{name}: {error:?}\n{}", s.agent.log()));
     }
 }
+
+#[test]
+#[ignore = "needs root"]
+fn plan_and_check_compare_rules_and_write_none() {
+    each_family("plan-rules", |s| {
+        let manifests = s.manifests.dir().to_string_lossy().into_owned();
+        let ask = |s: &Scenario, verb: &str| -> anyhow::Result<(Option<i32>, String)> {
+            let args = [&[verb, "--manifests", &manifests], &ARGS[..]].concat();
+            let output = s.agent.run(&args)?;
+            let text = [output.stdout, output.stderr].concat();
+            Ok((
+                output.status.code(),
+                String::from_utf8_lossy(&text).into_owned(),
+            ))
+        };
+        for verb in ["plan", "check"] {
+            let (code, text) = ask(s, verb)?;
+            ensure!(code == Some(0), "{verb}: {code:?} {text}");
+        }
+        s.agent.kill9()?;
+        let (family, save) = match s.v6 {
+            true => ("IPv6", "ip6tables-save"),
+            false => ("IPv4", "iptables-save"),
+        };
+        let rules = |s: &Scenario| -> anyhow::Result<Vec<String>> {
+            let saved = s.a.output(save, &["-t", "nat"])?;
+            let lines = saved.lines().filter(|line| line.starts_with("-A"));
+            Ok(lines.map(ToOwned::to_owned).collect())
+        };
+        let before = rules(s)?;
+        // Another port, and an endpoint that needs no chain of its own.
+        let service = Service::new("web", &[s.vip(1)])
+            .port("http", "TCP", TCP + 1, TCP_TARGET)
+            .endpoint(s.endpoint(&s.far));
+        s.manifests.put(&service)?;
+        let (code, text) = ask(s, "check")?;
+        let told = text.contains("packet layer's state") && text.contains("DIFFERS");
+        ensure!(code == Some(2) && told, "{code:?} {text}");
+        let (code, text) = ask(s, "plan")?;
+        ensure!(code == Some(2), "{code:?} {text}");
+        let has = |action: &str, what: &str| {
+            let mut lines = text.lines().map(|line| line.split_whitespace());
+            let start: Vec<&str> = ["packet", action]
+                .into_iter()
+                .chain(what.split(' '))
+                .collect();
+            lines.any(|words| {
+                let words: Vec<&str> = words.collect();
+                let is_of_family = words.last() == Some(&family);
+                is_of_family && words.join(" ").starts_with(&start.join(" "))
+            })
+        };
+        ensure!(has("change", "chain nat KUBE-SERVICES"), "{text}");
+        ensure!(has("remove", "chain nat KUBE-SEP-"), "{text}");
+        ensure!(has("remove", "set KUBE-SEP-"), "{text}");
+        ensure!(rules(s)? == before, "plan writes");
+        Ok(())
+    });
+}

@@ -60,6 +60,16 @@ impl Host {
         })
     }
 
+    /// For reading only, with what the tools and the kernel can do: tried in a network namespace that is thrown away.
+    ///
+    /// # Errors
+    /// As for [`Host::open`]; there is no such namespace to be had.
+    pub fn for_planning() -> Result<Self, Error> {
+        let mut host = Self::find(None)?;
+        host.features = probe::features_elsewhere(&host)?;
+        Ok(host)
+    }
+
     /// What was found, and why.
     pub fn choice(&self) -> &Choice {
         &self.choice

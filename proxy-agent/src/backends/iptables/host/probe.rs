@@ -1,8 +1,10 @@
 //! What the tools and the kernel can do: tried, because nothing says so.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc, thread};
 
-use super::{AddressSet, Features, Host, Table, Tables};
+use nix::sched::{CloneFlags, unshare};
+
+use super::{AddressSet, Features, Host, Owner, Table, Tables};
 use crate::{backends::Error, state::Family};
 
 /// `MASQUERADE --random-fully` came with this version of the tools, and with Linux 3.13.
@@ -21,6 +23,30 @@ pub fn features(host: &mut Host) -> Result<Features, Error> {
             "-m recent --rcheck --seconds 1 --reap --name KUBE-SEP-TRIAL --mask 255.255.255.255 --rsource -j RETURN",
         )?,
         nfacct: false,
+    })
+}
+
+/// As [`features`], in a new network namespace, on a thread of its own: the tables of this one are not written.
+///
+/// # Errors
+/// As for [`features`]; no namespace to be had.
+pub fn features_elsewhere(host: &Host) -> Result<Features, Error> {
+    let work = || {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Error::Kernel {
+            action: "make",
+            object: "a network namespace for trying out iptables".to_owned(),
+            cause: errno.into(),
+            hint: "; this needs root (CAP_SYS_ADMIN)",
+        })?;
+        let mut trial = Host {
+            owner: Some(Arc::new(Owner::take()?)),
+            ..host.clone()
+        };
+        features(&mut trial)
+    };
+    thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|_| {
+        let ended = "trying out iptables ended early: this is a bug";
+        Err(Error::Unusable(ended.to_owned()))
     })
 }
 

@@ -1,6 +1,6 @@
 //! The real tools in network namespaces: each test for both variants.
 
-use std::fs::File;
+use std::{fs::File, process::Command};
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -276,6 +276,20 @@ fn a_network_namespace_has_one_agent_and_any_number_of_readers() {
         assert!(error.to_string().contains("owner"), "{error}");
         drop(first);
         Owner::take().map(drop).unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn what_tools_can_do_is_tried_without_writing_here() {
+    in_namespace(|| {
+        let owner = Owner::take().unwrap();
+        let reader = Host::for_planning().unwrap();
+        // What a trial would have left: nft tables exist once they were written.
+        let tables = Command::new("nft").args(["list", "tables"]).output();
+        let tables = String::from_utf8(tables.unwrap().stdout).unwrap();
+        assert_eq!(tables, "");
+        assert_eq!(reader.features(), Host::open(owner).unwrap().features());
     });
 }
 
