@@ -330,7 +330,8 @@ pub enum Output {
 #[derive(Debug, Args)]
 pub struct Explain {
     /// Who connects: `host`; an address of this node or of a pod on it; the name of a network namespace
-    /// (/run/netns/NAME); or a netns cookie. The client's namespace decides node ports on loopback and session affinity
+    /// (/run/netns/NAME); a netns cookie; or an address outside the node. The client's namespace decides node ports on
+    /// loopback and session affinity
     pub client: String,
     /// What it connects to: ADDRESS:PORT[/tcp|udp|sctp], IPv6 in brackets
     #[arg(value_name = "ADDRESS:PORT/PROTO")]

@@ -1,18 +1,24 @@
 //! Answers from the kernel's state: `dump`, `explain`, `check`, `plan`, `cleanup`. Only the last one changes anything.
 
-use std::{io, process::ExitCode};
+use std::{collections::BTreeSet, io, path::Path, process::ExitCode};
 
-use proxy_ebpf::lb::Tables as _;
+use proxy_ebpf::{abi::Addr, lb::Tables as _};
 
 use crate::{
     backends::{
         self,
-        ebpf::{kernel, links::Hook, probe::probe, view::PinnedMaps},
+        ebpf::{
+            kernel,
+            links::{self, Hook},
+            probe::{cgroup_root, probe},
+            view::PinnedMaps,
+        },
         iptables::{
             self,
             host::{self, Host, Owner},
             leftovers,
         },
+        own_addresses,
     },
     cli, daemon,
 };
@@ -25,14 +31,20 @@ pub mod dump;
 pub mod explain;
 #[cfg(test)]
 mod fixture;
+pub mod left;
+pub mod packets;
 pub mod plan;
 pub mod print;
+pub mod processes;
 pub mod read;
 pub mod rehearse;
 pub mod rules;
 
+use client::Client;
 use contents::Contents;
+use explain::Explanation;
 use print::{Report, print, render};
+use processes::Standing;
 
 /// Why a question could not be answered.
 #[derive(Debug, thiserror::Error)]
@@ -110,16 +122,74 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
 /// `explain`.
 ///
 /// # Errors
-/// There are no maps, they cannot be read, or there is no such client.
+/// The maps or the rules cannot be read, or there is no such client.
 pub fn explain(global: &cli::Global, args: &cli::Explain) -> Result<ExitCode, Error> {
-    let maps = open_maps(global)?;
-    let is_node = |address: &proxy_ebpf::abi::Addr| maps.node_address(address).is_some();
-    let client =
-        client::find(&args.client, maps.meta().netns_cookie, is_node).map_err(Error::Client)?;
-    let name = |index| contents::service_name(index, maps.name(index).as_ref());
-    let answer = explain::explain(&maps, name, &client, args.destination, monotonic_ns());
+    let maps = match open_maps(global) {
+        Ok(maps) => Some(maps),
+        Err(Error::NoMaps(_)) => None,
+        Err(error) => return Err(error),
+    };
+    let (client, answer) = match &maps {
+        Some(maps) => by_maps(global, maps, args)?,
+        None => {
+            let own = own_addresses().into_iter().flatten();
+            let own: BTreeSet<Addr> = own.map(Addr::from).collect();
+            let cookie = daemon::namespaces::own_cookie().unwrap_or_default();
+            let is_own = |address: &Addr| own.contains(address);
+            let client = client::find(&args.client, cookie, is_own, |_| true);
+            let answer = Explanation::left("there is no socket layer on this node");
+            (client.map_err(Error::Client)?, answer)
+        }
+    };
+    let answer = match answer.layer {
+        "packet" => match packets::follow(&client, args.destination) {
+            Ok(followed) => answer.with(followed),
+            Err(Error::Kernel(error)) if maps.is_some() => {
+                answer.but(&format!("the rules cannot be read: {error}"))
+            }
+            Err(error) => return Err(error),
+        },
+        _ => answer,
+    };
     show(&answer, args.output)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the socket layer makes of a client's connection.
+fn by_maps(
+    global: &cli::Global,
+    maps: &PinnedMaps,
+    args: &cli::Explain,
+) -> Result<(Client, Explanation), Error> {
+    let (mount, served) = (cgroup_root()?, daemon::place::cgroup(global)?);
+    let excluded = maps.opt_out()?;
+    let standing = |namespace: &Path| processes::standing(namespace, &mount, &served, &excluded);
+    let client = client::find(
+        &args.client,
+        maps.meta().netns_cookie,
+        |address| maps.node_address(address).is_some(),
+        |namespace| standing(namespace) != Standing::Elsewhere,
+    );
+    let client = client.map_err(Error::Client)?;
+    let namespace = client.namespace.as_deref();
+    let standing = namespace.map_or(Standing::Served, standing);
+    let now_ns = monotonic_ns();
+    let hooks: BTreeSet<_> = maps.hooks()?.into_iter().map(|hook| hook.hook).collect();
+    let is_attached = links::TRANSLATING
+        .iter()
+        .all(|hook| hooks.contains(hook.name()));
+    let name = |index| contents::service_name(index, maps.name(index).as_ref());
+    let mut answer = explain::explain(maps, name, &client, args.destination, now_ns);
+    if let Some(why) = left::why(&maps.meta(), now_ns, is_attached, &client, standing) {
+        let frontend = answer.frontend;
+        answer = Explanation {
+            frontend,
+            ..Explanation::left(why)
+        };
+    } else if standing == Standing::PartlyExcluded {
+        answer = answer.but("its processes in excluded cgroups are left to the packet layer");
+    }
+    Ok((client, answer))
 }
 
 /// `check`.

@@ -22,6 +22,7 @@ pub mod host;
 mod known;
 pub mod leftovers;
 pub mod names;
+mod parsed;
 mod remove;
 pub mod rival;
 mod rule;
@@ -29,6 +30,7 @@ pub mod rules;
 mod save;
 mod shared;
 pub mod tables;
+pub mod walk;
 pub mod watch;
 
 pub use describe::describe;

@@ -1,14 +1,39 @@
 //! Who connects: from what the user typed to a network namespace.
 
-use std::{io, net::IpAddr, path::Path};
+use std::{
+    io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
-use nix::ifaddrs::getifaddrs;
 use proxy_ebpf::abi::Addr;
 
-use super::explain::Client;
-use crate::daemon::namespaces::{self, NAMED};
+use crate::{
+    backends::own_addresses,
+    daemon::namespaces::{self, NAMED},
+};
 
-/// Finds the client that `text` names; `node_cookie` is the netns cookie of META.
+/// Who connects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// How the user named it.
+    pub name: String,
+    /// It lives in the node's own network namespace.
+    pub on_host: bool,
+    /// Cookie of its network namespace, the key of its affinity; none when that could not be found.
+    pub netns_cookie: Option<u64>,
+    /// It binds its sockets to a loopback address.
+    pub from_loopback: bool,
+    /// Its address, when it was named by one.
+    pub address: Option<IpAddr>,
+    /// Its network namespace, when that was found; none for the node's own.
+    pub namespace: Option<PathBuf>,
+    /// It is named by an address that no network namespace of this node has.
+    pub is_outside: bool,
+}
+
+/// Finds the client that `text` names; `node_cookie` is the netns cookie of META. Of several network namespaces with one
+/// address (nodes in containers), one that `is_here` is meant.
 ///
 /// # Errors
 /// A sentence: there is no such client.
@@ -16,25 +41,47 @@ pub fn find(
     text: &str,
     node_cookie: u64,
     is_node_address: impl Fn(&Addr) -> bool,
+    is_here: impl Fn(&Path) -> bool,
 ) -> Result<Client, String> {
-    let client = |cookie: Option<u64>, from_loopback| Client {
+    let client = |cookie: Option<u64>| Client {
         name: text.to_owned(),
         on_host: cookie == Some(node_cookie),
         netns_cookie: cookie,
-        from_loopback,
+        from_loopback: false,
+        address: None,
+        namespace: None,
+        is_outside: false,
     };
     if text == "host" {
-        return Ok(client(Some(node_cookie), false));
+        return Ok(client(Some(node_cookie)));
     }
     if let Ok(address) = text.parse::<IpAddr>() {
+        let named = |cookie| Client {
+            address: Some(address),
+            from_loopback: address.is_loopback(),
+            ..client(cookie)
+        };
         if address.is_loopback() || is_node_address(&Addr::from(address)) {
-            return Ok(client(Some(node_cookie), address.is_loopback()));
+            return Ok(named(Some(node_cookie)));
         }
-        // A pod whose namespace is not found has no affinity that could be looked up; all else is the same for every pod.
-        return Ok(client(namespace_with(address), false));
+        return Ok(match namespace_with(address, is_here) {
+            Owner::Namespace(path, cookie) => Client {
+                namespace: Some(path),
+                ..named(cookie)
+            },
+            Owner::Nobody => Client {
+                is_outside: true,
+                ..named(None)
+            },
+            // A pod whose namespace is not found has no affinity that could be looked up; all else is the same for every pod.
+            Owner::Unknown => named(None),
+        });
     }
     if let Ok(cookie) = text.parse() {
-        return Ok(client(Some(cookie), false));
+        return Ok(Client {
+            namespace: namespace_of(cookie),
+            ..client(Some(cookie))
+        });
     }
     let path = Path::new(NAMED).join(text);
     if text.contains('/') || !path.exists() {
@@ -43,38 +90,53 @@ pub fn find(
         ));
     }
     match namespaces::inside(&path, namespaces::own_cookie) {
-        Ok(cookie) => Ok(client(Some(cookie), false)),
+        Ok(cookie) => Ok(Client {
+            namespace: Some(path),
+            ..client(Some(cookie))
+        }),
         Err(error) => Err(format!(
             "cannot enter the network namespace {text}: {error}; this needs root"
         )),
     }
 }
 
-/// The cookie of the namespace that has an address.
-fn namespace_with(address: IpAddr) -> Option<u64> {
-    namespaces::named().iter().find_map(|path| {
-        let cookie = namespaces::inside(path, move || {
-            if has(address)? {
-                namespaces::own_cookie().map(Some)
-            } else {
-                Ok(None)
-            }
-        });
-        cookie.ok().flatten()
-    })
+/// Who has an address.
+enum Owner {
+    /// A network namespace of this node, and its cookie where the kernel has such.
+    Namespace(PathBuf, Option<u64>),
+    /// No network namespace of this node.
+    Nobody,
+    /// Not all of them may be entered.
+    Unknown,
 }
 
-/// Whether a link of the calling thread's namespace has an address.
-fn has(address: IpAddr) -> io::Result<bool> {
-    let mut interfaces = getifaddrs().map_err(io::Error::from)?;
-    Ok(interfaces.any(|interface| {
-        let storage = interface.address.as_ref();
-        let v4 = storage
-            .and_then(|s| s.as_sockaddr_in())
-            .map(|s| IpAddr::from(s.ip()));
-        let v6 = storage
-            .and_then(|s| s.as_sockaddr_in6())
-            .map(|s| IpAddr::from(s.ip()));
-        v4.or(v6) == Some(address)
-    }))
+fn namespace_with(address: IpAddr, is_here: impl Fn(&Path) -> bool) -> Owner {
+    let paths = namespaces::all();
+    let mut found = Owner::Nobody;
+    let owners = namespaces::visit(&paths, || {
+        let has = own_addresses()?.any(|own| own == address);
+        Ok(has.then(|| namespaces::own_cookie().ok()))
+    });
+    for (path, owner) in paths.into_iter().zip(owners) {
+        match owner {
+            Ok(Some(cookie)) if is_here(&path) => return Owner::Namespace(path, cookie),
+            Ok(Some(cookie)) => found = Owner::Namespace(path, cookie),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                if matches!(found, Owner::Nobody) {
+                    found = Owner::Unknown;
+                }
+            }
+            // Gone, or without it.
+            Ok(None) | Err(_) => {}
+        }
+    }
+    found
+}
+
+fn namespace_of(cookie: u64) -> Option<PathBuf> {
+    let paths = namespaces::all();
+    let cookies = namespaces::visit(&paths, namespaces::own_cookie);
+    let mut found = paths.into_iter().zip(cookies);
+    let (path, _) = found.find(|(_, found)| found.as_ref().is_ok_and(|found| *found == cookie))?;
+    Some(path)
 }

@@ -1,5 +1,7 @@
 //! Where a connection would go and why: the decision that the kernel takes, taken over the same maps.
 
+use std::net::IpAddr;
+
 use proxy_ebpf::{
     abi::{
         Addr, AffinityKey, AffinityValue, Be16, FrontendKey, FrontendValue, Policy, Reason, SCTP,
@@ -10,29 +12,18 @@ use proxy_ebpf::{
 use serde::Serialize;
 
 use super::{
+    client::Client,
     contents::slots,
     dump::{BackendRow, backend_row, kind_name, protocol, socket},
+    packets::Followed,
     print::Report,
 };
 use crate::{cli::Destination, state::Protocol};
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
 
-/// Who connects.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Client {
-    /// How the user named it.
-    pub name: String,
-    /// It lives in the node's own network namespace.
-    pub on_host: bool,
-    /// Cookie of its network namespace, the key of its affinity; none when that could not be found.
-    pub netns_cookie: Option<u64>,
-    /// It binds its sockets to a loopback address.
-    pub from_loopback: bool,
-}
-
 /// The answer of `explain`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Explanation {
     /// What is addressed; null when it is nothing of a Service.
     pub frontend: Option<Found>,
@@ -44,20 +35,61 @@ pub struct Explanation {
     pub candidates: Vec<BackendRow>,
     /// The Service's session affinity and what it says of this client.
     pub affinity: Option<Affinity>,
-    /// "translate", "refuse" or "pass".
+    /// "translate", "refuse" or "pass"; of rules also "drop", and "mixed" when chance decides between these.
     pub verdict: &'static str,
     /// Why, in a sentence.
     pub reason: String,
+    /// What the rules make of its packets; null unless they decide.
+    pub packet: Option<Followed>,
+}
+
+impl Explanation {
+    /// A connection that the socket layer leaves to the packet layer.
+    pub fn left(reason: impl Into<String>) -> Self {
+        Self {
+            frontend: None,
+            layer: "packet",
+            policy: None,
+            candidates: Vec::new(),
+            affinity: None,
+            verdict: "pass",
+            reason: reason.into(),
+            packet: None,
+        }
+    }
+
+    /// Adds to the reason.
+    #[must_use]
+    pub fn but(mut self, what: &str) -> Self {
+        self.reason.push_str("; ");
+        self.reason.push_str(what);
+        self
+    }
+
+    /// Adds what the rules make of it.
+    #[must_use]
+    pub fn with(mut self, followed: Followed) -> Self {
+        self.verdict = followed.verdict();
+        self = self.but(&followed.reason());
+        self.frontend = self.frontend.or_else(|| followed.frontend.clone());
+        self.packet = Some(followed);
+        self
+    }
 }
 
 /// A frontend that was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Found {
-    service: String,
-    address: std::net::IpAddr,
-    port: u16,
-    protocol: String,
-    kind: String,
+    /// "namespace/name:port".
+    pub service: String,
+    /// Unspecified for a node port.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// "TCP", "UDP" or "SCTP".
+    pub protocol: String,
+    /// As in [`super::dump::FrontendRow`].
+    pub kind: String,
 }
 
 /// Session affinity of a client.
@@ -108,6 +140,7 @@ pub fn explain<T: Tables>(
             affinity: None,
             verdict: word(verdict),
             reason: why_not(verdict, destination, client),
+            packet: None,
         },
         Ok(hit) => choose(tables, hit, &request, client, frontend),
     }
@@ -160,6 +193,7 @@ fn choose<T: Tables>(
         affinity,
         verdict: word(verdict),
         reason,
+        packet: None,
     }
 }
 
@@ -348,6 +382,9 @@ impl Report for Explanation {
         }
         lines.push(format!("verdict     {}", self.verdict));
         lines.push(format!("reason      {}", self.reason));
+        if let Some(packet) = &self.packet {
+            lines.push(packet.table());
+        }
         lines.join("\n")
     }
 }

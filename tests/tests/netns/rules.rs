@@ -1,12 +1,14 @@
 //! What the commands say of the packet layer, which has no maps.
 
+use std::net::SocketAddr;
+
 use anyhow::{Context, ensure};
 use proxy_tests::{
     Scenario, Service,
-    scenario::{SOON, TCP, TCP_TARGET, in_family},
+    scenario::{SOON, TCP, TCP_TARGET, each_family_with, in_family},
     wait_for,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const ARGS: [&str; 6] = [
     "--mode",
@@ -171,6 +173,127 @@ fn plan_and_check_compare_rules_and_write_none() {
         ensure!(has("remove", "chain nat KUBE-SEP-"), "{text}");
         ensure!(has("remove", "set KUBE-SEP-"), "{text}");
         ensure!(rules(s)? == before, "plan writes");
+        Ok(())
+    });
+}
+
+/// `explain`, of a client that connects by TCP.
+fn explain(s: &Scenario, client: &str, to: SocketAddr) -> anyhow::Result<Value> {
+    s.agent.json(&["explain", client, &format!("{to}/tcp")])
+}
+
+/// Whether all outcomes translate, each to another of so many backends with the same chance, and whether masqueraded.
+fn ensure_drawn(why: &Value, backends: usize, masqueraded: bool) -> anyhow::Result<()> {
+    let outcomes = why["packet"]["outcomes"]
+        .as_array()
+        .with_context(|| why.to_string())?;
+    let even = |outcome: &Value| {
+        let chance = outcome["chance"].as_f64().unwrap_or_default();
+        (chance * backends as f64 - 1.0).abs() < 0.001 && outcome["masqueraded"] == masqueraded
+    };
+    let is_drawn = outcomes.len() == backends && outcomes.iter().all(even);
+    ensure!(why["verdict"] == "translate" && is_drawn, "{why}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn explain_follows_packets_through_the_rules_where_there_are_no_maps() {
+    for v6 in [false, true] {
+        in_family("explain-rules", v6, &ARGS, |s| {
+            const NODE_PORT: u16 = 30_081;
+            let outsider = s.topology.outsider()?.address(v6).to_string();
+            let web = Service::new("web", &[s.vip(1)])
+                .port("http", "TCP", TCP, TCP_TARGET)
+                .node_port(NODE_PORT);
+            let [near, far] = [&s.near, &s.far].map(|pod| s.endpoint(pod));
+            s.manifests.put(&web.endpoint(near).endpoint(far))?;
+            s.manifests
+                .put(&Service::new("empty", &[s.vip(2)]).port("http", "TCP", TCP, TCP_TARGET))?;
+            let tool = if v6 { "ip6tables" } else { "iptables" };
+            let odd = "-t nat -I PREROUTING -p tcp -m multiport --dports 1,2 -j RETURN";
+            s.a.output(tool, &odd.split(' ').collect::<Vec<_>>())?;
+            let client = s.client.address(v6).to_string();
+            let (vip, empty) = ((s.vip(1), TCP).into(), (s.vip(2), TCP).into());
+            wait_for("both Services are in the rules", SOON, || {
+                ensure!(explain(s, &client, vip)?["verdict"] == "translate");
+                ensure!(explain(s, &client, empty)?["verdict"] == "refuse");
+                Ok(())
+            })?;
+            let why = explain(s, &client, vip)?;
+            ensure_drawn(&why, 2, false)?;
+            ensure!(
+                why["layer"] == "packet" && why["packet"]["interface"] == "cni0",
+                "{why}"
+            );
+            let frontend = json!({"service": "default/web:http", "address": s.vip(1), "port": TCP, "protocol": "TCP", "kind": "cluster-ip"});
+            ensure!(why["frontend"] == frontend, "{why}");
+            ensure!(
+                why["packet"]["foreign"].to_string().contains("multiport"),
+                "{why}"
+            );
+            ensure_drawn(&explain(s, "host", vip)?, 2, true)?;
+            let node_port = (s.a.address(v6), NODE_PORT).into();
+            let why = explain(s, &outsider, node_port)?;
+            ensure_drawn(&why, 2, true)?;
+            ensure!(why["frontend"]["kind"] == "node-port", "{why}");
+            let why = explain(s, &client, empty)?;
+            let rule = &why["packet"]["outcomes"][0]["decisions"][0];
+            ensure!(
+                rule["rule"].to_string().contains("has no endpoints"),
+                "{why}"
+            );
+            let to = format!("{vip}/sctp");
+            let why = s.agent.json(&["explain", &client, &to])?;
+            ensure!(why["verdict"] == "pass", "{why}");
+            let text = s.agent.text(&["explain", &client, &vip.to_string()])?;
+            ensure!(
+                text.contains("a rule of somebody else: nat: -A PREROUTING"),
+                "{text}"
+            );
+            Ok(())
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn explain_follows_packets_of_whom_the_socket_layer_leaves_alone() {
+    let args = ["--socket-exclude-cgroup", "pod-cl*"];
+    each_family_with("explain-left", &args, |s| {
+        let outsider = s.topology.outsider()?;
+        // A process each, by which their cgroups are seen.
+        let _peers = (outsider.peer()?, s.client.peer()?);
+        let web = s.service("web", 1);
+        let [near, far] = [&s.near, &s.far].map(|pod| s.endpoint(pod));
+        s.apply(&web.endpoint(near).endpoint(far))?;
+        s.settle_packets()?;
+        let vip = (s.vip(1), TCP).into();
+        for (client, reason) in [(&s.client, "excluded"), (&outsider, "cgroup")] {
+            // By name: other clusters of this machine have the same addresses.
+            let name = client.place().netns.file_name().context("no name")?;
+            let why = explain(s, &name.to_string_lossy(), vip)?;
+            ensure_drawn(&why, 2, false)?;
+            let is_told = why["reason"].to_string().contains(reason);
+            ensure!(is_told && why["layer"] == "packet", "{why}");
+            ensure!(why["frontend"]["service"] == "default/web:http", "{why}");
+        }
+        // One that nobody here has.
+        let nobody = if s.v6 {
+            "2001:db8:77::7"
+        } else {
+            "198.51.100.77"
+        };
+        let why = explain(s, nobody, vip)?;
+        ensure!(
+            why["reason"].to_string().contains("no socket of this node"),
+            "{why}"
+        );
+        let served = explain(s, &s.near.address(s.v6).to_string(), vip)?;
+        ensure!(
+            served["layer"] == "socket" && served["packet"].is_null(),
+            "{served}"
+        );
         Ok(())
     });
 }

@@ -349,18 +349,20 @@ pub fn detach_all(links: &Path) -> Result<(), Error> {
     }
 }
 
+/// The hooks that translate.
+pub const TRANSLATING: [Hook; 4] = [
+    Hook::Connect6,
+    Hook::Connect4,
+    Hook::SendMsg6,
+    Hook::SendMsg4,
+];
+
 /// Detaches the hooks that translate: connect and sendmsg.
 ///
 /// # Errors
 /// The kernel refused; the hooks before it are gone.
 pub fn detach_translating(links: &Path) -> Result<(), Error> {
-    let translating = [
-        Hook::Connect6,
-        Hook::Connect4,
-        Hook::SendMsg6,
-        Hook::SendMsg4,
-    ];
-    translating
+    TRANSLATING
         .into_iter()
         .try_for_each(|hook| detach(links, hook))
 }

@@ -3,13 +3,14 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use parsed::Parsed;
+use host::{Host, walk};
 use simulated::Simulated;
-use walk::{End, Host, Packet, walk};
 
 use super::{
+    parsed::Parsed,
     rules::*,
     tables::{Table, Tables as _},
+    walk::{End, Packet},
     *,
 };
 use crate::{
@@ -22,14 +23,13 @@ use crate::{
 
 mod affinity;
 mod changes;
+mod host;
 mod matrix;
-mod parsed;
 mod policies;
 mod refusals;
 mod simulated;
 mod sizes;
 mod takeover;
-mod walk;
 pub(super) mod world;
 
 /// kube-proxy's defaults, with the pod networks known.
@@ -156,7 +156,7 @@ fn host() -> Host {
     }
 }
 
-fn packet(source: IpAddr, interface: Option<&'static str>, to: (IpAddr, u16)) -> Packet {
+fn packet(source: IpAddr, interface: Option<&'static str>, to: (IpAddr, u16)) -> Packet<'static> {
     Packet {
         source,
         destination: to.into(),
@@ -166,7 +166,7 @@ fn packet(source: IpAddr, interface: Option<&'static str>, to: (IpAddr, u16)) ->
 }
 
 /// Where a packet can end, in words, without chances.
-fn ends(backend: &IptablesBackend<Simulated>, packet: &Packet) -> BTreeSet<String> {
+fn ends(backend: &IptablesBackend<Simulated>, packet: &Packet<'_>) -> BTreeSet<String> {
     let ends = walk(backend.tables(), &host(), packet);
     ends.iter().map(End::to_string).collect()
 }

@@ -18,6 +18,9 @@ fn host() -> Client {
         on_host: true,
         netns_cookie: Some(NODE),
         from_loopback: false,
+        address: None,
+        namespace: None,
+        is_outside: false,
     }
 }
 
@@ -27,6 +30,9 @@ fn pod() -> Client {
         on_host: false,
         netns_cookie: Some(POD),
         from_loopback: false,
+        address: None,
+        namespace: None,
+        is_outside: false,
     }
 }
 
@@ -95,6 +101,7 @@ fn the_answer_has_the_documented_shape() {
             "affinity": {"seconds": 60, "client_netns": NODE, "backend": null, "age_seconds": null},
             "verdict": "translate",
             "reason": "there is one backend",
+            "packet": null,
         })
     );
     assert!(

@@ -10,7 +10,7 @@ fn sticky(count: u8) -> ServiceState {
     service
 }
 
-fn client() -> Packet {
+fn client() -> Packet<'static> {
     let vip = ([10, 96, 0, 1].into(), 80);
     packet([10, 244, 0, 5].into(), Some("cni0"), vip)
 }

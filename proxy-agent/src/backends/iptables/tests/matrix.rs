@@ -47,7 +47,7 @@ fn policies(column: usize) -> (TrafficPolicy, TrafficPolicy) {
     (local(column == 2), local(column == 1))
 }
 
-fn flow(family: Family, from: &str, to: &str) -> Packet {
+fn flow(family: Family, from: &str, to: &str) -> Packet<'static> {
     let (source, interface) = match from {
         "pod" => ("10.244.0.5", Some("cni0")),
         "node" => ("192.168.0.1", None),
@@ -64,7 +64,7 @@ fn flow(family: Family, from: &str, to: &str) -> Packet {
     packet(ip(family, source), interface, (ip(family, to.0), to.1))
 }
 
-fn found(backend: &IptablesBackend<Simulated>, packet: &Packet) -> String {
+fn found(backend: &IptablesBackend<Simulated>, packet: &Packet<'_>) -> String {
     let found = ends(backend, packet);
     let family = Family::of(packet.source);
     let cells = found.iter().map(|end| {

@@ -16,15 +16,15 @@ fn node_port(family: Family) -> (IpAddr, u16) {
     (ip(family, "192.168.0.1"), 30080)
 }
 
-fn outside(family: Family, to: (IpAddr, u16)) -> Packet {
+fn outside(family: Family, to: (IpAddr, u16)) -> Packet<'static> {
     packet(ip(family, CLIENT), Some("eth0"), to)
 }
 
-fn pod(family: Family, to: (IpAddr, u16)) -> Packet {
+fn pod(family: Family, to: (IpAddr, u16)) -> Packet<'static> {
     packet(ip(family, "10.244.0.5"), Some("cni0"), to)
 }
 
-fn node(family: Family, to: (IpAddr, u16)) -> Packet {
+fn node(family: Family, to: (IpAddr, u16)) -> Packet<'static> {
     packet(ip(family, "192.168.0.1"), None, to)
 }
 

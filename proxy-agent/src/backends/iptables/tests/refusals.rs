@@ -10,7 +10,7 @@ fn web(number: u8) -> ServiceState {
     service
 }
 
-fn client(number: u8) -> Packet {
+fn client(number: u8) -> Packet<'static> {
     let vip = ([10, 96, 0, number].into(), 80);
     packet([10, 244, 0, 5].into(), Some("cni0"), vip)
 }

@@ -1,10 +1,13 @@
 //! Tables in memory that are as strict as the tools, and a little more: a transaction goes in whole or not at all.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
-use super::{
-    super::tables::{AddressSet, RestoreError, Table, Tables},
+use super::super::{
     parsed::{Parsed, Target},
+    tables::{AddressSet, RestoreError, Table, Tables},
 };
 use crate::{backends::Error, state::Family};
 
@@ -52,6 +55,16 @@ impl Default for Simulated {
             log: Vec::new(),
         }
     }
+}
+
+/// The addresses of a rule.
+fn addresses(rule: &Parsed) -> impl Iterator<Item = IpAddr> {
+    let nets = [rule.source, rule.destination].into_iter().flatten();
+    let to = match rule.target {
+        Target::Translate(to) => Some(to.ip()),
+        _ => None,
+    };
+    nets.map(|(_, net)| net.addr()).chain(to)
 }
 
 fn is_builtin(chain: &str) -> bool {
@@ -127,8 +140,7 @@ impl Transaction<'_> {
 
     fn add(&mut self, name: &str, rule: &str, in_front: bool) -> Result<(), String> {
         let parsed = Parsed::new(rule)?;
-        let mut addresses = parsed.addresses();
-        if addresses.any(|address| Family::of(address) != self.family) {
+        if addresses(&parsed).any(|address| Family::of(address) != self.family) {
             return Err("an address of the other family".to_owned());
         }
         if let Target::Chain(to) = &parsed.target

@@ -99,7 +99,7 @@ fn its_services_are_served_until_every_source_has_spoken() {
     assert_eq!(before, texts(["10.244.1.9:8080"]));
 }
 
-fn to_gone() -> Packet {
+fn to_gone() -> Packet<'static> {
     let vip = ([10, 96, 0, 9].into(), 80);
     packet([10, 244, 0, 5].into(), Some("cni0"), vip)
 }

@@ -1,37 +1,46 @@
-//! A rule read back: what a kernel would match and do. Refuses every word that it does not know.
+//! A rule read back: what a kernel would match and do. Every word that it does not know is an error.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use ipnet::IpNet;
 
 use crate::state::Protocol;
 
 /// What a packet has, or with false, has not.
-pub type Is<T> = (bool, T);
+pub(super) type Is<T> = (bool, T);
 
-/// A rule.
+/// A rule. Matches that are none match every packet.
 #[derive(Clone, Debug, Default)]
-pub struct Parsed {
-    pub source: Option<Is<IpNet>>,
-    pub destination: Option<Is<IpNet>>,
-    pub interface: Option<Is<String>>,
-    pub protocol: Option<Protocol>,
-    pub ports: Option<(u16, u16)>,
-    pub states: Option<Is<Vec<String>>>,
-    pub mark: Option<Is<u32>>,
-    pub source_is_local: bool,
-    pub destination_is_local: bool,
-    pub probability: Option<f64>,
-    pub set: Option<String>,
-    pub seen: Option<String>,
-    pub sees: Option<String>,
-    pub target: Target,
+pub(super) struct Parsed {
+    pub(super) source: Option<Is<IpNet>>,
+    pub(super) destination: Option<Is<IpNet>>,
+    /// Incoming; a trailing `+` stands for any ending.
+    pub(super) interface: Option<Is<String>>,
+    pub(super) protocol: Option<Protocol>,
+    /// First and last destination port.
+    pub(super) ports: Option<(u16, u16)>,
+    pub(super) states: Option<Is<Vec<String>>>,
+    /// These bits of the mark are set.
+    pub(super) mark: Option<Is<u32>>,
+    pub(super) source_is_local: bool,
+    pub(super) destination_is_local: bool,
+    /// Share of the packets.
+    pub(super) probability: Option<f64>,
+    /// A set that holds the source.
+    pub(super) set: Option<String>,
+    /// A list of xt_recent that holds the source.
+    pub(super) seen: Option<String>,
+    /// A list of xt_recent that takes the source.
+    pub(super) sees: Option<String>,
+    pub(super) target: Target,
 }
 
+/// What a rule does.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub enum Target {
+pub(super) enum Target {
     #[default]
     None,
+    /// Or a target without options that is not known.
     Chain(String),
     Return,
     Accept,
@@ -41,6 +50,7 @@ pub enum Target {
     /// Bits to clear, then bits to flip.
     Mark(u32, u32),
     Masquerade,
+    /// Adds the source to a set.
     Remember(String),
 }
 
@@ -74,7 +84,11 @@ fn net(text: &str, full: bool) -> Result<IpNet, String> {
 }
 
 impl Parsed {
-    pub fn new(rule: &str) -> Result<Self, String> {
+    /// Reads what `iptables-save` prints after the name of the chain.
+    ///
+    /// # Errors
+    /// A word that is not known, or that no rule of ours has so.
+    pub(super) fn new(rule: &str) -> Result<Self, String> {
         let mut parsed = Self::default();
         let words = words(rule);
         let mut words = words.iter().map(String::as_str);
@@ -175,15 +189,5 @@ impl Parsed {
             holds = true;
         }
         Ok(parsed)
-    }
-
-    /// The family that its addresses have, if it has any.
-    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        let nets = [self.source, self.destination].into_iter().flatten();
-        let to = match self.target {
-            Target::Translate(to) => Some(to.ip()),
-            _ => None,
-        };
-        nets.map(|(_, net)| net.addr()).chain(to)
     }
 }
