@@ -1,8 +1,10 @@
 //! External IPs and addresses of a load balancer.
 
+use std::time::Duration;
+
 use std::net::IpAddr;
 
-use proxy_tests::scenario::{TCP, each_family, passes, reaches, refuses};
+use proxy_tests::scenario::{TCP, each_family, fails_with, passes, reaches, refuses};
 use serde_json::json;
 
 #[test]
@@ -38,28 +40,40 @@ fn a_load_balancer_address_is_served_unless_its_mode_is_proxy() {
     });
 }
 
+/// The socket layer does not know the address that a client will have: it leaves these to the packet layer.
 #[test]
 #[ignore = "needs root and eBPF"]
-fn source_ranges_leave_the_load_balancer_address_untranslated() {
+fn source_ranges_hold_for_pods_and_for_the_node_itself() {
     each_family("source-ranges", |s| {
-        let range = if s.v6 {
-            "2001:db8:1::/64"
-        } else {
-            "198.51.100.0/24"
+        let (none, all) = match s.v6 {
+            true => ("2001:db8:1::/64", "::/0"),
+            false => ("198.51.100.0/24", "0.0.0.0/0"),
         };
-        let web = s
-            .service("web", 1)
-            .load_balancer(s.outside(1), "VIP")
-            .spec("externalIPs", json!([s.outside(2)]))
-            .spec("loadBalancerSourceRanges", json!([range]))
-            .endpoint(s.endpoint(&s.near));
-        s.apply(&web)?;
-        let peer = s.client.peer()?;
-        passes(&peer, (s.outside(1), TCP).into())?;
-        reaches(&peer, s.vip(1), &["near"])?;
-        reaches(&peer, s.outside(2), &["near"])?;
+        let web = |range: &str| {
+            s.service("web", 1)
+                .load_balancer(s.outside(1), "VIP")
+                .spec("externalIPs", json!([s.outside(2)]))
+                .spec("loadBalancerSourceRanges", json!([range]))
+                .endpoint(s.endpoint(&s.near))
+        };
+        let peers = [s.client.peer()?, s.a.peer()?];
+        s.manifests.put(&web(none))?;
+        s.settle_packets()?;
+        for peer in &peers {
+            let patience = Duration::from_millis(400);
+            let denied = peer.connect_tcp_from((s.outside(1), TCP).into(), None, patience);
+            fails_with(denied, libc::ETIMEDOUT)?;
+            reaches(peer, s.vip(1), &["near"])?;
+            reaches(peer, s.outside(2), &["near"])?;
+        }
         s.agent
-            .wait_metric("proxy_agent_passed_total", "source", |passed| passed >= 1.0)
+            .wait_metric("proxy_agent_passed_total", "source", |passed| passed >= 2.0)?;
+        s.manifests.put(&web(all))?;
+        s.settle_packets()?;
+        for peer in &peers {
+            reaches(peer, s.outside(1), &["near"])?;
+        }
+        Ok(())
     });
 }
 

@@ -328,7 +328,7 @@ fn a_burst_of_changes_is_one_change_in_the_end() {
         for number in 1..=200_u8 {
             s.manifests.remove(&format!("s{number}"))?;
         }
-        s.settle()?;
+        s.settle_packets()?;
         passes(&s.client.peer()?, (s.vip(100), TCP).into())
     });
 }
