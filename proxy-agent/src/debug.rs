@@ -302,7 +302,10 @@ pub fn cleanup(global: &cli::Global, args: &cli::Cleanup) -> Result<ExitCode, Er
     // One in mode nftables shares nothing with us.
     let is_beside = another.is_some_and(|mode| mode != "nftables");
     match Host::find(Some(Owner::take()?)) {
-        Ok(host) => drop(iptables::remove_own(host, is_beside)?),
+        Ok(host) => {
+            iptables::remove_own(host, is_beside)?;
+            host::accounts::remove()?;
+        }
         // Without the tools nobody can have made rules.
         Err(backends::Error::Unusable(_)) => {}
         Err(error) => return Err(error.into()),

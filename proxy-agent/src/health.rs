@@ -123,7 +123,7 @@ pub struct Metering {
     /// Everything that is counted here.
     pub metrics: Arc<Metrics>,
     /// Reads what is counted in the kernel, at each scrape.
-    pub kernel: Arc<dyn Fn() -> Option<Kernel> + Send + Sync>,
+    pub kernel: Arc<dyn Fn() -> Kernel + Send + Sync>,
     /// Answer of `/proxyMode`.
     pub mode: &'static str,
     /// Answer of `/configz`.
@@ -141,9 +141,7 @@ pub fn metrics_router(metering: Metering) -> Router {
 }
 
 async fn metrics(State(metering): State<Metering>) -> Response {
-    if let Some(kernel) = (metering.kernel)() {
-        metering.metrics.update(&kernel);
-    }
+    metering.metrics.update(&(metering.kernel)());
     let text = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, text)], metering.metrics.text()).into_response()
 }

@@ -61,11 +61,13 @@ macro_rules! metrics {
         #[derive(Clone, Debug)]
         pub struct Metrics {
             $(#[doc = $help] pub $field: $type,)*
+            /// Those with kube-proxy's prefix.
+            pub kube_proxy: KubeProxyMetrics,
         }
 
         impl Default for Metrics {
             fn default() -> Self {
-                Self { $($field: $new,)* }
+                Self { $($field: $new,)* kube_proxy: KubeProxyMetrics::default() }
             }
         }
 
@@ -141,6 +143,57 @@ pub struct Kernel {
     pub maps: Vec<(String, Option<u64>, u64)>,
     /// Every exit of every program.
     pub reasons: Vec<(Reason, u64)>,
+    /// Packets in kube-proxy's own counters, those of them that are there.
+    pub accounts: Accounts,
+}
+
+/// Packets that rules have counted, where there are such counters.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Accounts {
+    /// Dropped because conntrack calls them invalid.
+    pub invalid_dropped: Option<u64>,
+    /// Accepted for a node port on 127.0.0.0/8.
+    pub localhost_accepted: Option<u64>,
+}
+
+/// kube-proxy's metrics of what its rules have counted, with its names and texts
+/// (pkg/proxy/metrics/metrics.go).
+#[derive(Clone, Debug, Default)]
+pub struct KubeProxyMetrics {
+    /// [`Accounts::invalid_dropped`].
+    invalid_dropped: Counter,
+    /// [`Accounts::localhost_accepted`].
+    localhost_accepted: Counter,
+}
+
+impl KubeProxyMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "iptables_ct_state_invalid_dropped_packets",
+            "Packets dropped to work around conntrack problems",
+            self.invalid_dropped.clone(),
+        );
+        registry.register(
+            "iptables_localhost_nodeports_accepted_packets",
+            "Packets accepted for node ports on the loopback interface",
+            self.localhost_accepted.clone(),
+        );
+    }
+
+    fn update(&self, accounts: Accounts) {
+        let Accounts {
+            invalid_dropped,
+            localhost_accepted,
+        } = accounts;
+        for (counter, packets) in [
+            (&self.invalid_dropped, invalid_dropped),
+            (&self.localhost_accepted, localhost_accepted),
+        ] {
+            if let Some(packets) = packets {
+                set(counter, packets);
+            }
+        }
+    }
 }
 
 impl Metrics {
@@ -157,6 +210,7 @@ impl Metrics {
 
     /// Takes over what was read from the kernel.
     pub fn update(&self, kernel: &Kernel) {
+        self.kube_proxy.update(kernel.accounts);
         for (map, entries, capacity) in &kernel.maps {
             let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
             let label = MapLabel { map: map.clone() };
@@ -183,8 +237,10 @@ impl Metrics {
 
     /// The text that Prometheus reads.
     pub fn text(&self) -> String {
-        let mut registry = Registry::with_prefix("proxy_agent");
-        self.register(&mut registry);
+        let mut registry = Registry::default();
+        self.register(registry.sub_registry_with_prefix("proxy_agent"));
+        self.kube_proxy
+            .register(registry.sub_registry_with_prefix("kubeproxy"));
         let mut text = String::new();
         text::encode(&mut text, &registry).expect("writing to a String does not fail");
         text
@@ -248,6 +304,10 @@ mod tests {
                 (Reason::NoEndpoints, 2),
                 (Reason::OptedOut, 1),
             ],
+            accounts: Accounts {
+                invalid_dropped: Some(5),
+                localhost_accepted: None,
+            },
         });
         metrics
             .mode_info
@@ -267,6 +327,8 @@ mod tests {
             "proxy_agent_refused_total{reason=\"no_endpoints\"} 2",
             "proxy_agent_passed_total{reason=\"opted_out\"} 1",
             "proxy_agent_connections_total 7",
+            "kubeproxy_iptables_ct_state_invalid_dropped_packets_total 5",
+            "kubeproxy_iptables_localhost_nodeports_accepted_packets_total 0",
             "proxy_agent_source_errors_total 0",
             "proxy_agent_mode_info{socket=\"ebpf\",packet=\"off\",reason=\"all there\"} 1",
         ] {

@@ -10,10 +10,17 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::{
-    backends::ebpf::view::PinnedMaps,
+    backends::{
+        self,
+        ebpf::view::PinnedMaps,
+        iptables::{
+            host::accounts,
+            names::{INVALID_DROPPED, LOCALHOST_ACCEPTED},
+        },
+    },
     cli::{Global, Run},
     health::{self, Health, Metering, SelfTest, checks::Checks},
-    metrics::{Kernel, Metrics, ModeLabels},
+    metrics::{Accounts, Kernel, Metrics, ModeLabels},
     sync::SyncStatus,
 };
 
@@ -73,22 +80,32 @@ pub fn tell_mode(socket: &'static str, packet: &'static str, reason: String, met
 }
 
 /// Reads the counters of the kernel at each scrape. A swap may have moved them: the directory is opened each time.
-fn kernel_counters(bpf_dir: PathBuf) -> Arc<dyn Fn() -> Option<Kernel> + Send + Sync> {
+fn kernel_counters(bpf_dir: PathBuf) -> Arc<dyn Fn() -> Kernel + Send + Sync> {
     Arc::new(move || {
-        let maps = PinnedMaps::open(&bpf_dir).ok()?;
-        let summaries = maps.maps().ok()?.into_iter();
-        Some(Kernel {
-            maps: summaries
-                .map(|map| {
-                    (
-                        map.name,
-                        map.entries.map(u64::from),
-                        u64::from(map.capacity),
-                    )
-                })
-                .collect(),
-            reasons: maps.reasons().ok()?,
-        })
+        // Without a socket layer there are no maps.
+        let of_maps = map_counters(&bpf_dir).unwrap_or_default();
+        let packets = |name| accounts::packets(name).ok().flatten();
+        Kernel {
+            accounts: Accounts {
+                invalid_dropped: packets(INVALID_DROPPED),
+                localhost_accepted: packets(LOCALHOST_ACCEPTED),
+            },
+            ..of_maps
+        }
+    })
+}
+
+fn map_counters(bpf_dir: &Path) -> Result<Kernel, backends::Error> {
+    let maps = PinnedMaps::open(bpf_dir)?;
+    let summaries = maps.maps()?.into_iter();
+    let summaries = summaries.map(|map| {
+        let entries = map.entries.map(u64::from);
+        (map.name, entries, u64::from(map.capacity))
+    });
+    Ok(Kernel {
+        maps: summaries.collect(),
+        reasons: maps.reasons()?,
+        accounts: Accounts::default(),
     })
 }
 

@@ -68,6 +68,29 @@ fn pods_are_those_of_the_nodes_own_networks_which_are_followed() {
 
 #[test]
 #[ignore = "needs root"]
+fn kube_proxys_counters_count() {
+    const ACCEPTED: &str = "kubeproxy_iptables_localhost_nodeports_accepted_packets_total";
+    in_family("ipt-counters", false, &ARGS, |s| {
+        s.serve_sources()?;
+        s.manifests.put(&seen(s).endpoint(s.endpoint(&s.near)))?;
+        s.wait_rules(&s.vip(1).to_string())?;
+        let accepted = || s.agent.metric(ACCEPTED, "");
+        let node = s.a.peer()?;
+        node.ask_tcp((s.a.v4(), NODE_PORT).into())?;
+        ensure!(accepted()? == 0.0, "that was no loopback address");
+        for _ in 0..3 {
+            node.ask_tcp((s.loopback(), NODE_PORT).into())?;
+        }
+        // The first packet of each.
+        ensure!(accepted()? == 3.0, "{}", accepted()?);
+        let rules = s.a.output("iptables-save", &[])?;
+        ensure!(rules.contains("ct_state_invalid_dropped_pkts"), "{rules}");
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
 fn without_what_ebpf_needs_mode_auto_takes_iptables_and_says_why() {
     in_family("ipt-auto", false, &[], |s| {
         s.serve_sources()?;

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{backends::Error, state::Family};
 
+pub mod accounts;
 mod follow;
 mod lock;
 mod owner;

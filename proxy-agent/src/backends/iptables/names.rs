@@ -11,6 +11,11 @@ use sha2::{Digest as _, Sha256};
 
 use crate::state::{Protocol, ServicePort};
 
+/// Counter of the packets that KUBE-FORWARD drops because conntrack calls them invalid.
+pub const INVALID_DROPPED: &str = "ct_state_invalid_dropped_pkts";
+/// Counter of the first packets to a node port on 127.0.0.0/8 that were translated.
+pub const LOCALHOST_ACCEPTED: &str = "localhost_nps_accepted_pkts";
+
 /// Bytes of a name: `XT_EXTENSION_MAXNAMELEN` without the final zero.
 const LENGTH: usize = 28;
 

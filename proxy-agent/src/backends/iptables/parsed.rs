@@ -14,6 +14,8 @@ pub(super) type Is<T> = (bool, T);
 pub(super) struct Parsed {
     pub(super) source: Option<Is<IpNet>>,
     pub(super) destination: Option<Is<IpNet>>,
+    /// Before it was translated.
+    pub(super) first_destination: Option<Is<IpNet>>,
     /// Incoming; a trailing `+` stands for any ending.
     pub(super) interface: Option<Is<String>>,
     pub(super) protocol: Option<Protocol>,
@@ -102,6 +104,7 @@ impl Parsed {
                 }
                 "-s" => parsed.source = Some((holds, net(next()?, false)?)),
                 "-d" => parsed.destination = Some((holds, net(next()?, false)?)),
+                "--ctorigdst" => parsed.first_destination = Some((holds, net(next()?, false)?)),
                 "-i" => parsed.interface = Some((holds, next()?.to_owned())),
                 "-p" => {
                     parsed.protocol = Some(match next()? {

@@ -43,6 +43,8 @@ pub(super) enum Match<'a> {
     Seen { list: ChainName, seconds: u32 },
     /// Remembers the source.
     See(ChainName),
+    /// To this network before it was translated.
+    TranslatedFrom(&'a str),
     /// Counts in an accounting object.
     Account(&'a str),
 }
@@ -50,6 +52,8 @@ pub(super) enum Match<'a> {
 /// What a rule does.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Target {
+    /// The packet goes on.
+    None,
     Jump(ChainName),
     Return,
     Accept,
@@ -58,7 +62,9 @@ pub(super) enum Target {
     Translate(SocketAddr),
     SetMark(u32),
     FlipMark(u32),
-    Masquerade { random: bool },
+    Masquerade {
+        random: bool,
+    },
     Remember(ChainName, u32),
 }
 
@@ -185,6 +191,9 @@ impl Match<'_> {
             Self::See(list) => {
                 write!(f, "-m recent --set --name {list} --mask {mask} --rsource ")
             }
+            Self::TranslatedFrom(network) => {
+                write!(f, "-m conntrack --ctstate DNAT --ctorigdst {network} ")
+            }
             // Two spaces: iptables prints them.
             Self::Account(name) => write!(f, "-m nfacct --nfacct-name  {name} "),
         }
@@ -200,6 +209,7 @@ fn probability(hits: usize, of: usize) -> f64 {
 impl Target {
     fn write(self, f: &mut fmt::Formatter<'_>, family: Family) -> fmt::Result {
         match self {
+            Self::None => Ok(()),
             Self::Jump(chain) => write!(f, "-j {chain}"),
             Self::Return => f.write_str("-j RETURN"),
             Self::Accept => f.write_str("-j ACCEPT"),

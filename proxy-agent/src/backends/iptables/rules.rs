@@ -134,7 +134,10 @@ pub(super) struct Body(String);
 impl Body {
     pub(super) fn push(&mut self, rule: &Rule<'_>) {
         // Writing to a string does not fail.
-        let _ = writeln!(self.0, "{rule}");
+        let _ = write!(self.0, "{rule}");
+        // What separates the matches from a target ends a rule that has none.
+        self.0.truncate(self.0.trim_end_matches(' ').len());
+        self.0.push('\n');
     }
 
     pub(super) fn send(&self, family: Family, table: Table, name: ChainName, sink: &mut Sink<'_>) {

@@ -313,6 +313,9 @@ impl<W: World> Walk<'_, W> {
                 .destination
                 .is_none_or(|(is, net)| net.contains(&to.ip()) == is)
             && rule
+                .first_destination
+                .is_none_or(|(is, net)| net.contains(&self.packet.destination.ip()) == is)
+            && rule
                 .interface
                 .as_ref()
                 .is_none_or(|(is, name)| through(name) == *is)

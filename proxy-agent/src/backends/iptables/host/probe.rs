@@ -4,8 +4,11 @@ use std::{collections::BTreeSet, sync::Arc, thread};
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::{AddressSet, Features, Host, Owner, Table, Tables};
-use crate::{backends::Error, state::Family};
+use super::{AddressSet, Features, Host, Owner, Table, Tables, accounts};
+use crate::{
+    backends::{Error, iptables::names::INVALID_DROPPED},
+    state::Family,
+};
 
 /// `MASQUERADE --random-fully` came with this version of the tools, and with Linux 3.13.
 const RANDOM_FULLY: [u32; 3] = [1, 6, 2];
@@ -22,7 +25,7 @@ pub fn features(host: &mut Host) -> Result<Features, Error> {
             host,
             "-m recent --rcheck --seconds 1 --reap --name KUBE-SEP-TRIAL --mask 255.255.255.255 --rsource -j RETURN",
         )?,
-        nfacct: false,
+        nfacct: has_accounts(host)?,
     })
 }
 
@@ -53,6 +56,16 @@ pub fn features_elsewhere(host: &Host) -> Result<Features, Error> {
 fn numbers(version: &str) -> [u32; 3] {
     let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
     [(); 3].map(|()| parts.next().unwrap_or(0))
+}
+
+/// Whether a rule can add to a packet counter. Makes kube-proxy's.
+fn has_accounts(host: &mut Host) -> Result<bool, Error> {
+    if let Err(error) = accounts::create() {
+        tracing::debug!(%error, "no packet counters");
+        return Ok(false);
+    }
+    let name = INVALID_DROPPED;
+    takes(host, &format!("-m nfacct --nfacct-name {name} -j RETURN"))
 }
 
 /// Whether a rule can look into an address set and add to it.

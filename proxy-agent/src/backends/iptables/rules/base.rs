@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use super::{
     super::{
         Key,
-        names::ChainName,
+        names::{ChainName, INVALID_DROPPED, LOCALHOST_ACCEPTED},
         rule::{Is, Match, Rule, Target, host, is},
         tables::Table,
     },
@@ -197,7 +197,7 @@ fn forward(rules: &Rules, family: Family) -> Body {
             not: false,
             value: "INVALID",
         });
-        let counted = [invalid, Match::Account("ct_state_invalid_dropped_pkts")];
+        let counted = [invalid, Match::Account(INVALID_DROPPED)];
         let mut rule = Rule {
             matches: &counted[..1 + usize::from(rules.features.nfacct)],
             ..Rule::new(family, Target::Drop)
@@ -228,6 +228,14 @@ fn forward(rules: &Rules, family: Family) -> Body {
 fn postrouting(rules: &Rules, family: Family) -> Body {
     let mark = rules.masquerade_mark;
     let mut body = Body::default();
+    if family == Family::V4 && rules.localhost_node_ports && rules.features.nfacct {
+        // Translated, and sent to loopback: only node ports are.
+        let loopback = Match::TranslatedFrom("127.0.0.0/8");
+        body.push(&Rule {
+            matches: &[loopback, Match::Account(LOCALHOST_ACCEPTED)],
+            ..Rule::new(family, Target::None)
+        });
+    }
     body.push(&Rule {
         matches: &[Match::Mark(Is {
             not: true,
