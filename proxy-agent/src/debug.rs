@@ -15,7 +15,7 @@ use crate::{
         },
         iptables::{
             self,
-            host::{self, Host, Owner},
+            host::{self, Host, Owner, affinity::AffinityRoom},
             leftovers,
         },
         own_addresses,
@@ -203,6 +203,10 @@ pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error>
     let mut findings = check::node(&probed, mode != cli::Mode::Iptables);
     let choice = host::variant::choose();
     findings.extend(check::packets(&choice, !has_sockets));
+    // Without root there is no namespace to try it in; that is told above.
+    if let Ok(host) = Host::for_planning() {
+        findings.push(check::affinity(AffinityRoom::of(host.features())));
+    }
     let mut maps = None;
     if mode != cli::Mode::Iptables {
         match PinnedMaps::open(&global.bpf_dir) {

@@ -98,6 +98,8 @@ metrics! {
     health_check_ports_failed: Gauge = Gauge::default() => "health_check_ports_failed";
     /// Settings of the host that could not be made: read-only, or not ours to change
     host_settings_failed: Gauge = Gauge::default() => "host_settings_failed";
+    /// Clients of one endpoint that session affinity of the packet layer remembers, at most
+    affinity_clients: Gauge = Gauge::default() => "affinity_clients";
     /// UDP flows that were forgotten because the endpoint that they led to no longer serves
     conntrack_flows_deleted: Counter = Counter::default() => "conntrack_flows_deleted";
     /// Seconds from asking the kernel for its flows to the end of a clean-up

@@ -22,7 +22,7 @@ use crate::{
         conntrack::Cleaner,
         iptables::{
             IptablesBackend,
-            host::Host,
+            host::{Host, affinity::AffinityRoom},
             rules::{Features, LocalPods, NodePorts, Rules},
             watch::Watched,
         },
@@ -69,6 +69,11 @@ pub fn start(
     tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
     if let Some(stale) = host.choice().stale {
         tracing::warn!("{stale}");
+    }
+    let room = AffinityRoom::of(host.features());
+    metrics.affinity_clients.set(room.clients().into());
+    if room != AffinityRoom::Sets {
+        tracing::warn!("session affinity: {room}");
     }
     let is_nft = host.variant().is_nft();
     let rivals = rival::look_out(args.metrics_bind_address, args.packet.takeover_after);

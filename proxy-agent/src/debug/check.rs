@@ -10,7 +10,11 @@ use super::{
     print::{Report, columns},
     rehearse::Rehearsal,
 };
-use crate::backends::{Error, ebpf::probe, iptables::host::Choice};
+use crate::backends::{
+    Error,
+    ebpf::probe,
+    iptables::host::{Choice, affinity::AffinityRoom},
+};
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
 /// The agent writes its heartbeat every second; this much later it is late, not merely busy.
@@ -129,6 +133,15 @@ pub fn packets(choice: &Result<Choice, Error>, is_lost: bool) -> Vec<Finding> {
         Err(error) if is_lost => vec![finding(State::Missing, error.to_string())],
         Err(error) => vec![finding(State::Note, error.to_string())],
     }
+}
+
+/// Whether session affinity holds for as many clients as it should.
+pub fn affinity(room: AffinityRoom) -> Finding {
+    let state = match room {
+        AffinityRoom::Sets => State::Ok,
+        AffinityRoom::Lists(_) | AffinityRoom::None => State::Note,
+    };
+    Finding::new("session affinity", state, room.to_string())
 }
 
 /// What is wrong in the sources.

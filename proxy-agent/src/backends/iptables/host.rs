@@ -12,6 +12,7 @@ use super::{
 use crate::{backends::Error, state::Family};
 
 pub mod accounts;
+pub mod affinity;
 mod follow;
 mod lock;
 mod owner;

@@ -9,7 +9,7 @@ use super::AddressSet;
 use crate::state::Family;
 
 /// Clients that one endpoint is remembered for: 65,536, as the socket layer's map of all.
-const MAX_ENTRIES: u32 = 65_536;
+pub const MAX_ENTRIES: u32 = 65_536;
 
 /// Sets of `ipset list -terse -output save` that could be ours: `hash:ip` with a timeout, called `KUBE-…`.
 pub fn parse(text: &str) -> BTreeSet<AddressSet> {
