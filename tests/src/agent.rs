@@ -142,7 +142,15 @@ impl Agent {
     /// # Errors
     /// It ended, or did not become ready in time.
     pub fn wait_ready(&mut self) -> anyhow::Result<()> {
-        let ready = wait_for("the agent is ready", START, || {
+        self.wait_ready_within(START)
+    }
+
+    /// As [`Agent::wait_ready`], for starts that take long.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_ready_within(&mut self, limit: Duration) -> anyhow::Result<()> {
+        let ready = wait_for("the agent is ready", limit, || {
             let child = self.child.as_mut().context("not started")?;
             if let Some(status) = child.try_wait()? {
                 return Ok(Err(status));
@@ -219,6 +227,11 @@ impl Agent {
     pub fn pid(&self) -> anyhow::Result<u32> {
         let child = self.child.as_ref().context("the agent does not run")?;
         Ok(child.id())
+    }
+
+    /// Where it runs.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// What it wrote so far, all starts together.

@@ -1,5 +1,6 @@
 //! Real Kubernetes components: a control plane in the switch of a topology, and kube-proxy on a node.
 
+mod bulk;
 mod client;
 mod control;
 mod proxy;
@@ -14,7 +15,7 @@ use std::{
 use anyhow::{Context, bail};
 
 pub use control::ControlPlane;
-pub use proxy::{KubeProxy, Mode, Variant};
+pub use proxy::{KubeProxy, Mode, Periods, Variant};
 
 use crate::place::Place;
 

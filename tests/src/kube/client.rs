@@ -22,7 +22,7 @@ pub(super) struct Client {
 }
 
 /// One request.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Request {
     method: &'static str,
     path: String,
@@ -38,6 +38,14 @@ impl Request {
 
     pub(super) fn delete(path: &str) -> Self {
         Self::new("DELETE", path)
+    }
+
+    /// Makes an object that is not there, in the collection at `path`.
+    pub(super) fn create(path: &str, object: Value) -> Self {
+        Self {
+            body: Some(object),
+            ..Self::new("POST", path)
+        }
     }
 
     /// Makes an object, or brings it to this state (server-side apply).

@@ -25,10 +25,11 @@ const SERVICES: &str = "/api/v1/namespaces/default/services";
 
 /// A control plane without controllers: what is applied stays as it is.
 ///
-/// ClusterIPs are 10.96.0.0/12 and `fd00:10:96::/112`, of which 10.96.0.1 belongs to `default/kubernetes`.
+/// ClusterIPs are 10.96.0.0/12 and `fd00:10:96::/112`, of which 10.96.0.1 belongs to `default/kubernetes`; node ports are
+/// 20000 to 32767.
 #[derive(Debug)]
 pub struct ControlPlane {
-    client: Client,
+    pub(super) client: Client,
     dir: PathBuf,
     /// The EndpointSlices of each Service that was applied.
     slices: RefCell<BTreeMap<String, BTreeSet<String>>>,
@@ -79,6 +80,7 @@ impl ControlPlane {
                     "--service-cluster-ip-range",
                     "10.96.0.0/12,fd00:10:96::/112",
                 ])
+                .args(["--service-node-port-range", "20000-32767"])
                 .args(["--disable-admission-plugins", "ServiceAccount"])
                 .args(["--max-requests-inflight", "3000"])
                 .args(["--max-mutating-requests-inflight", "2000"]);

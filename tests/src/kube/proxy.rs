@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -16,10 +16,13 @@ use nix::{
 use serde_json::{Value, json};
 
 use super::{Component, ControlPlane};
-use crate::{Node, agent::sum_of, place::Place, wait_for};
+use crate::{Node, agent::sum_of, let_run, place::Place, wait_for};
 
 /// Longest start: the first sync of a small cluster takes a second on a quiet machine.
 const START: Duration = Duration::from_secs(120);
+
+/// Between two looks at its metrics: each costs it milliseconds, which its start would otherwise have.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// How it serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +90,21 @@ impl Variant {
     }
 }
 
+/// When it works, in the words of its configuration.
+#[derive(Clone, Copy, Debug)]
+pub struct Periods {
+    /// Shortest time between two changes of the rules.
+    pub min_sync: &'static str,
+    /// Between two looks at its canary, and between attempts after a failure.
+    pub sync: &'static str,
+}
+
+/// Changes soon, and a look at the canary soon.
+const QUICK: Periods = Periods {
+    min_sync: "100ms",
+    sync: "1s",
+};
+
 /// kube-proxy, running.
 #[derive(Debug)]
 pub struct KubeProxy {
@@ -101,9 +119,22 @@ impl KubeProxy {
     /// # Errors
     /// It is missing, or cannot be started.
     pub fn spawn(control: &ControlPlane, node: &Node, mode: Mode) -> anyhow::Result<Self> {
+        Self::spawn_with(control, node, mode, QUICK)
+    }
+
+    /// As [`KubeProxy::spawn`], with other periods.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn spawn_with(
+        control: &ControlPlane,
+        node: &Node,
+        mode: Mode,
+        periods: Periods,
+    ) -> anyhow::Result<Self> {
         control.apply_node(node)?;
         let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, 10249));
-        let config = configuration(control, node, mode, metrics)?;
+        let config = configuration(control, node, mode, metrics, periods)?;
         let dir = node.state_dir();
         let file = dir.join(format!("{}-kube-proxy.json", node.name()));
         fs::write(&file, config.to_string())?;
@@ -143,7 +174,15 @@ impl KubeProxy {
     /// # Errors
     /// It does not in time.
     pub fn wait_synced(&mut self) -> anyhow::Result<()> {
-        wait_for("kube-proxy has synced", START, || {
+        self.wait_synced_within(START)
+    }
+
+    /// As [`KubeProxy::wait_synced`], for starts that take long.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_synced_within(&mut self, limit: Duration) -> anyhow::Result<()> {
+        wait_for("kube-proxy has synced", limit, || {
             let alive = self.component.ensure_alive();
             if alive.is_err() {
                 return Ok(alive);
@@ -153,7 +192,10 @@ impl KubeProxy {
                     "kubeproxy_sync_proxy_rules_duration_seconds_count",
                     &format!("ip_family=\"{family}\""),
                 )?;
-                ensure!(syncs >= 1.0, "no sync of {family} yet");
+                if syncs < 1.0 {
+                    let_run(LOOK);
+                    bail!("no sync of {family} yet");
+                }
             }
             Ok(Ok(()))
         })
@@ -194,6 +236,16 @@ impl KubeProxy {
         Ok(())
     }
 
+    /// Where it runs.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.component.child.id()
+    }
+
     /// The end of its log.
     pub fn last_words(&self) -> String {
         self.component.last_words()
@@ -205,14 +257,14 @@ fn configuration(
     node: &Node,
     mode: Mode,
     metrics: SocketAddr,
+    periods: Periods,
 ) -> anyhow::Result<Value> {
     let kubeconfig = control.kubeconfig()?;
     let word = match mode {
         Mode::Iptables(_) => "iptables",
         Mode::Nftables => "nftables",
     };
-    // What a change of the rules waits for, and how often the canary is looked at.
-    let periods = json!({"minSyncPeriod": "100ms", "syncPeriod": "1s"});
+    let periods = json!({"minSyncPeriod": periods.min_sync, "syncPeriod": periods.sync});
     Ok(json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
