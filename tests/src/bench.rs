@@ -5,6 +5,8 @@ pub mod connect;
 pub mod conntrack;
 pub mod engine;
 pub mod memory;
+pub mod packets;
+pub mod proxies;
 pub mod report;
 pub mod start;
 pub mod update;

@@ -20,6 +20,8 @@ use crate::{
 
 /// The package with the scenarios, the demo and the benches.
 const PACKAGE: &str = "proxy-tests";
+/// The benches whose other side is the real kube-proxy.
+const BESIDE_KUBE_PROXY: [&str; 1] = ["packets"];
 
 /// How much a test needs. The first two need neither root nor the programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -217,17 +219,26 @@ pub fn demo(workspace: &Workspace, keep: bool, remove: bool) -> Result<()> {
 /// # Errors
 /// When something is missing or does not build.
 pub fn bench(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+    let mut variables = Vec::new();
     remedy::ensure(
         workspace,
         &[Purpose::Build, Purpose::Kernel, Purpose::Scenarios],
     )?;
+    let has_kube_proxy = arguments
+        .first()
+        .is_some_and(|name| BESIDE_KUBE_PROXY.contains(&name.as_str()));
+    if has_kube_proxy {
+        remedy::ensure(workspace, &[Purpose::Kubernetes])?;
+        variables.push((tools::FOLDER, tools::ensure(workspace)?));
+    }
     let agents = build::agents(workspace, &[Abi::Current], true)?;
     process::run(
         workspace
             .cargo()
             .args(["build", "--release", "--package", PACKAGE, "--bins"]),
     )?;
-    become_it(with_agents(workspace, &workspace.target("release/bench"), &agents).args(arguments))
+    let mut bench = with_agents(workspace, &workspace.target("release/bench"), &agents);
+    become_it(bench.args(arguments).envs(variables))
 }
 
 fn with_agents(workspace: &Workspace, program: &Path, agents: &[PathBuf]) -> Command {

@@ -17,6 +17,8 @@ use serde_json::{Value, json};
 pub const PORT: u16 = 80;
 /// Port of every synthetic endpoint.
 pub const TARGET_PORT: u16 = 8080;
+/// Node port of the first Service that has one; the others follow.
+pub const NODE_PORT: u16 = 20_000;
 
 /// `services` Services of one TCP port with `endpoints` ready endpoints each.
 #[derive(Clone, Copy, Debug)]
@@ -125,6 +127,18 @@ impl Cluster {
         }
         json!({"apiVersion": "v1", "kind": "List", "items": items})
     }
+
+    /// As [`Cluster::manifest_to`], with a node port for each Service, [`NODE_PORT`] and the following ones.
+    pub fn node_ports_to(self, backend: Ipv4Addr) -> Value {
+        let mut list = self.manifest_to(backend);
+        let items = list["items"].as_array_mut().into_iter().flatten();
+        let services = items.filter(|item| item["kind"] == "Service");
+        for (port, service) in (NODE_PORT..).zip(services) {
+            service["spec"]["type"] = "NodePort".into();
+            service["spec"]["ports"][0]["nodePort"] = port.into();
+        }
+        list
+    }
 }
 
 /// The one slice of a Service.
@@ -183,5 +197,18 @@ mod tests {
         }
         .objects();
         assert_eq!((objects.services.len(), objects.slices.len()), (3, 3));
+    }
+
+    #[test]
+    fn every_service_has_a_node_port_of_its_own() {
+        let cluster = Cluster {
+            services: 2,
+            endpoints: 1,
+        };
+        let list = cluster.node_ports_to(Ipv4Addr::LOCALHOST);
+        let ports = |item: usize| &list["items"][item]["spec"]["ports"][0]["nodePort"];
+        assert_eq!((ports(0), ports(2)), (&json!(20_000), &json!(20_001)));
+        assert_eq!(list["items"][2]["spec"]["type"], "NodePort");
+        assert_eq!(list["items"][3]["kind"], "EndpointSlice");
     }
 }

@@ -60,7 +60,11 @@ pub fn run() -> Result<bool> {
     let mut serving = server
         .place()
         .command(&own)?
-        .args(["connect-server", &format!("{}:{TARGET_PORT}", server.v4())])
+        .args([
+            "connect-server",
+            &format!("{}:{TARGET_PORT}", server.v4()),
+            "1",
+        ])
         .stdin(Stdio::piped())
         .spawn()
         .context("cannot start the server")?;
@@ -135,27 +139,32 @@ fn median<'a>(rounds: impl Iterator<Item = &'a Round> + Clone) -> Round {
     }
 }
 
-/// The server process: serves until its standard input ends.
+/// The server process: serves this many connections at once until its standard input ends.
 ///
 /// # Errors
 /// The address cannot be bound.
-pub fn serve(address: SocketAddr) -> Result<()> {
+pub fn serve(address: SocketAddr, at_once: usize) -> Result<()> {
     pin(1)?;
     let listener = TcpListener::bind(address).with_context(|| format!("cannot bind {address}"))?;
-    std::thread::spawn(move || {
-        let mut byte = [0];
-        for mut stream in listener.incoming().flatten() {
-            // A client that went away is the client's failure, and it says so.
-            if stream.read_exact(&mut byte).is_ok() {
-                drop(stream.write_all(&byte));
-                drop(stream.read(&mut byte));
-            }
-        }
-    });
+    for _ in 0..at_once {
+        let listener = listener.try_clone().context("cannot share the listener")?;
+        std::thread::spawn(move || answer(&listener));
+    }
     std::io::stdin()
         .read_to_end(&mut Vec::new())
         .context("cannot wait for the end")?;
     Ok(())
+}
+
+fn answer(listener: &TcpListener) {
+    let mut byte = [0];
+    for mut stream in listener.incoming().flatten() {
+        // A client that went away is the client's failure, and it says so.
+        if stream.read_exact(&mut byte).is_ok() {
+            drop(stream.write_all(&byte));
+            drop(stream.read(&mut byte));
+        }
+    }
 }
 
 /// The client process: prints its pairs as JSON.
@@ -221,7 +230,8 @@ fn round(next: &mut dyn FnMut() -> SocketAddr) -> Result<Round> {
     })
 }
 
-fn exchange(to: SocketAddr) -> Result<()> {
+/// Connects, sends a byte, reads one, and resets the connection.
+pub(super) fn exchange(to: SocketAddr) -> Result<()> {
     let mut stream = TcpStream::connect(to).with_context(|| format!("cannot connect to {to}"))?;
     // A reset instead of TIME_WAIT, or the client's ports run out.
     let reset = libc::linger {
@@ -239,7 +249,7 @@ fn exchange(to: SocketAddr) -> Result<()> {
 }
 
 /// Client and server have a core each: the scheduler's choices are most of the noise otherwise.
-fn pin(core: usize) -> Result<()> {
+pub(super) fn pin(core: usize) -> Result<()> {
     let mut cores = CpuSet::new();
     let count = std::thread::available_parallelism().map_or(1, usize::from);
     cores.set(core % count).context("no such core")?;

@@ -172,10 +172,11 @@ fn peak_mb(agent: &Agent) -> Result<f64> {
 
 /// The machine's limit of flows, raised while this value lives.
 #[derive(Debug)]
-struct Raised(String);
+pub(super) struct Raised(String);
 
 impl Raised {
-    fn to(flows: u32) -> Result<Self> {
+    /// At least `flows`, until it is dropped.
+    pub(super) fn to(flows: u32) -> Result<Self> {
         let before =
             fs::read_to_string(MAXIMUM).with_context(|| format!("cannot read {MAXIMUM}"))?;
         if before.trim().parse::<u32>()? < flows {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::Parser;
-use proxy_tests::bench::{connect, conntrack, memory, start, update};
+use proxy_tests::bench::{connect, conntrack, memory, packets, start, update};
 
 /// Benches of proxy-agent.
 #[derive(Debug, Parser)]
@@ -21,9 +21,14 @@ enum Bench {
     Memory,
     /// A million UDP flows, one in a hundred of them stale.
     Conntrack,
-    /// The server process of `connect`.
+    /// Connections from outside through node ports, with our rules and with the real kube-proxy's.
+    Packets(packets::Options),
+    /// The server process of `connect` and `packets`.
     #[command(hide = true)]
-    ConnectServer { address: SocketAddr },
+    ConnectServer { address: SocketAddr, at_once: usize },
+    /// The client process of `packets`; its plan is JSON.
+    #[command(hide = true)]
+    PacketsClient { plan: String },
     /// The client process of `connect`.
     #[command(hide = true)]
     ConnectClient { server: Ipv4Addr, services: u32 },
@@ -39,7 +44,11 @@ fn main() -> ExitCode {
         Bench::Start => start::run(),
         Bench::Memory => memory::run(),
         Bench::Conntrack => conntrack::run(),
-        Bench::ConnectServer { address } => connect::serve(address).map(|()| true),
+        Bench::Packets(options) => packets::run(&options),
+        Bench::ConnectServer { address, at_once } => {
+            connect::serve(address, at_once).map(|()| true)
+        }
+        Bench::PacketsClient { plan } => packets::client::run(&plan).map(|()| true),
         Bench::ConnectClient { server, services } => {
             connect::client(server, services).map(|()| true)
         }
