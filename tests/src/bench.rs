@@ -8,5 +8,6 @@ pub mod memory;
 pub mod packets;
 pub mod proxies;
 pub mod report;
+pub mod rules;
 pub mod start;
 pub mod update;

@@ -21,7 +21,7 @@ use crate::{
 /// The package with the scenarios, the demo and the benches.
 const PACKAGE: &str = "proxy-tests";
 /// The benches whose other side is the real kube-proxy.
-const BESIDE_KUBE_PROXY: [&str; 1] = ["packets"];
+const BESIDE_KUBE_PROXY: [&str; 2] = ["packets", "rules"];
 
 /// How much a test needs. The first two need neither root nor the programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::Parser;
-use proxy_tests::bench::{connect, conntrack, memory, packets, start, update};
+use proxy_tests::bench::{connect, conntrack, memory, packets, rules, start, update};
 
 /// Benches of proxy-agent.
 #[derive(Debug, Parser)]
@@ -23,6 +23,8 @@ enum Bench {
     Conntrack,
     /// Connections from outside through node ports, with our rules and with the real kube-proxy's.
     Packets(packets::Options),
+    /// 100,000 endpoints into iptables, and one of them changes: the agent and the real kube-proxy.
+    Rules(rules::Options),
     /// The server process of `connect` and `packets`.
     #[command(hide = true)]
     ConnectServer { address: SocketAddr, at_once: usize },
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         Bench::Memory => memory::run(),
         Bench::Conntrack => conntrack::run(),
         Bench::Packets(options) => packets::run(&options),
+        Bench::Rules(options) => rules::run(&options),
         Bench::ConnectServer { address, at_once } => {
             connect::serve(address, at_once).map(|()| true)
         }
