@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod bench;
 pub mod demo;
+pub mod flannel;
 pub mod flows;
 pub mod foreign;
 pub mod janitor;

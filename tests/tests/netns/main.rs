@@ -22,3 +22,4 @@ mod self_test;
 mod swap;
 mod topology;
 mod udp;
+mod verdicts;
