@@ -5,6 +5,7 @@
 mod churn;
 mod connects;
 mod growth;
+mod outside;
 mod stalls;
 mod timeline;
 mod udp;
