@@ -119,14 +119,9 @@ pub struct Run {
     /// Where Services come from.
     #[command(flatten)]
     pub sources: Sources,
-    /// How Services are served
-    #[arg(
-        long,
-        alias = "proxy-mode",
-        value_name = "MODE",
-        default_value = "auto"
-    )]
-    pub mode: Mode,
+    /// Which layers there are.
+    #[command(flatten)]
+    pub layers: Layers,
     /// Serves /readyz, /livez and /healthz
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:10256")]
     pub healthz_bind_address: SocketAddr,
@@ -139,9 +134,6 @@ pub struct Run {
     /// Seconds without an agent after which connect and sendmsg leave everything to the packet layer
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub socket_lease: Duration,
-    /// What arrives as a packet.
-    #[command(flatten)]
-    pub packet: Packet,
     /// Settings of the host.
     #[command(flatten)]
     pub host: HostSettings,
@@ -150,10 +142,10 @@ pub struct Run {
     pub log_programs: bool,
 }
 
-/// Which layers a node has, for the commands that say what `run` would do.
+/// Which layers a node has: for `run`, and for the commands that say what it would do.
 #[derive(Clone, Debug, Args)]
 pub struct Layers {
-    /// How Services are served, as given to `run`
+    /// How Services are served
     #[arg(
         long,
         alias = "proxy-mode",
@@ -161,7 +153,7 @@ pub struct Layers {
         default_value = "auto"
     )]
     pub mode: Mode,
-    /// What arrives as a packet, as given to `run`.
+    /// What arrives as a packet.
     #[command(flatten)]
     pub packet: Packet,
 }
@@ -489,7 +481,7 @@ mod tests {
             let Command::Run(run) = parsed(line).unwrap().command else {
                 panic!("{line} is not run");
             };
-            assert_eq!(run.mode, Mode::Ebpf);
+            assert_eq!(run.layers.mode, Mode::Ebpf);
         }
     }
 
@@ -503,13 +495,13 @@ mod tests {
         assert_eq!(run.healthz_bind_address, "0.0.0.0:10256".parse().unwrap());
         assert_eq!(run.metrics_bind_address, "127.0.0.1:10249".parse().unwrap());
         assert_eq!(run.socket_lease, Duration::from_secs(30));
-        assert_eq!(run.mode, Mode::Auto);
+        assert_eq!(run.layers.mode, Mode::Auto);
     }
 
     #[test]
     fn the_packet_layer_has_the_flags_of_kube_proxy() {
         let packet = |line: &str| match parsed(line).unwrap().command {
-            Command::Run(run) => run.packet,
+            Command::Run(run) => run.layers.packet,
             other => panic!("{other:?}"),
         };
         let plain = packet("run");

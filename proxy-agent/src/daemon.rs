@@ -131,7 +131,7 @@ fn start(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
     let manifests = args.sources.manifests.as_deref().ok_or(Error::NoSource)?;
     backends::process::limit_heaps();
-    let reaper = match args.mode {
+    let reaper = match args.layers.mode {
         Mode::Auto | Mode::Ebpf => Some(Reaper::start(global).map_err(start("the reaper"))?),
         Mode::Iptables => None,
     };

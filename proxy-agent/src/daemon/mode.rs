@@ -39,7 +39,7 @@ pub enum Layers {
 pub fn open(global: &Global, args: &Run, here: &NodeName) -> Result<Opened, Error> {
     // Before anything is read or changed: one agent for each node.
     let owner = Owner::take()?;
-    match args.mode {
+    match args.layers.mode {
         Mode::Iptables => packets(global, owner, "asked for".to_owned()),
         Mode::Ebpf => match sockets(global, args, here)? {
             Ok(store) => Ok(beside(store, owner, "asked for")),
@@ -107,7 +107,7 @@ fn sockets(
         cgroup: Some(cgroup.clone()),
         node_name: here.to_string(),
         lease: Lease::AsFound,
-        host_only: args.packet.masquerade_all,
+        host_only: args.layers.packet.masquerade_all,
         log: args.log_programs,
     };
     match KernelStore::open(options) {

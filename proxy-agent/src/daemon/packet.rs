@@ -61,7 +61,7 @@ pub fn start(
 ) -> Result<LayerThread, Error> {
     let rules = rules(
         &args.sources,
-        &args.packet,
+        &args.layers.packet,
         place,
         host.features(),
         route_localnet,
@@ -76,11 +76,11 @@ pub fn start(
         tracing::warn!("session affinity: {room}");
     }
     let is_nft = host.variant().is_nft();
-    let rivals = rival::look_out(args.metrics_bind_address, args.packet.takeover_after);
+    let rivals = rival::look_out(args.metrics_bind_address, args.layers.packet.takeover_after);
     let rivals = rivals.map_err(super::start("looking out for other proxies"))?;
     let backend = IptablesBackend::new(Watched::new(host, is_nft), rules).beside(rivals);
     let layer = Layer::new("packet", backend, metrics.layer("packet"), Instant::now())
-        .with_pace(args.packet.iptables_min_sync_period);
+        .with_pace(args.layers.packet.iptables_min_sync_period);
     let status = layer.status();
     let flows = RefCell::new(cleaner(metrics).map_err(super::start("the conntrack clean-up"))?);
     let metrics = Arc::clone(metrics);

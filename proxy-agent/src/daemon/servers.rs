@@ -114,7 +114,7 @@ fn config(global: &Global, args: &Run, cgroup: Option<&Path>) -> serde_json::Val
         "bpfDir": global.bpf_dir,
         "cgroup": cgroup,
         "manifests": args.sources.manifests,
-        "mode": format!("{:?}", args.mode).to_lowercase(),
+        "mode": format!("{:?}", args.layers.mode).to_lowercase(),
         "healthzBindAddress": args.healthz_bind_address,
         "metricsBindAddress": args.metrics_bind_address,
         "socketExcludeCgroup": args.socket_exclude_cgroup,
