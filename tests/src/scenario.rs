@@ -17,6 +17,8 @@ use crate::{Agent, Endpoint, Manifests, Node, Peer, Pod, Service, Topology, wait
 pub const TCP_TARGET: u16 = 8080;
 /// Where the pods say over TCP which address they see, if they are asked to serve there.
 pub const SOURCES: u16 = 8081;
+/// Networks of the pods in both families, for `--cluster-cidr`.
+pub const POD_NETWORKS: &str = "10.244.0.0/16,fd00:10:244::/48";
 /// Where the pods serve UDP.
 pub const UDP_TARGET: u16 = 5353;
 /// Port of a Service for TCP.
@@ -27,6 +29,18 @@ pub const UDP: u16 = 53;
 pub const OFTEN: usize = 40;
 /// How long a change of a file may take until the kernel holds it, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(30);
+
+/// Arguments for an agent in this mode that tells pods from others, and whose rules follow a change at once.
+pub const fn in_mode(mode: &str) -> [&str; 6] {
+    [
+        "--mode",
+        mode,
+        "--cluster-cidr",
+        POD_NETWORKS,
+        "--iptables-min-sync-period",
+        "100ms",
+    ]
+}
 
 /// A small cluster in which one node has an agent.
 #[derive(Debug)]
@@ -201,6 +215,14 @@ impl Scenario {
     /// It did not get there.
     pub fn settle_packets(&self) -> anyhow::Result<()> {
         self.settle()?;
+        self.wait_idle()
+    }
+
+    /// Waits until no layer has anything left to write.
+    ///
+    /// # Errors
+    /// One has, for long.
+    fn wait_idle(&self) -> anyhow::Result<()> {
         let pending = "proxy_agent_changes_pending";
         self.agent
             .wait_metric(pending, "", |pending| pending == 0.0)
@@ -226,9 +248,7 @@ impl Scenario {
             Ok(())
         })?;
         // One table is written before the other.
-        let pending = "proxy_agent_changes_pending";
-        self.agent
-            .wait_metric(pending, "", |pending| pending == 0.0)
+        self.wait_idle()
     }
 
     /// Has both servers answer at [`SOURCES`] which address they see.

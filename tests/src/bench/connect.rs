@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     sys::socket::{setsockopt, sockopt},
@@ -21,6 +21,7 @@ use serde_json::json;
 
 use super::{
     cluster::{Cluster, PORT, TARGET_PORT},
+    output_of,
     report::{Report, Target, percentile, ratio},
 };
 use crate::{Agent, Manifests, Pod, Topology, wait_for};
@@ -110,20 +111,10 @@ pub fn run() -> Result<bool> {
 }
 
 fn measure(client: &Pod, server: Ipv4Addr, services: u32) -> Result<Vec<Pair>> {
-    let own = std::env::current_exe().context("cannot find the bench's own binary")?;
-    let output = client
-        .place()
-        .command(own)?
-        .args(["connect-client", &server.to_string(), &services.to_string()])
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run the client")?;
-    ensure!(
-        output.status.success(),
-        "the client ended with {}",
-        output.status
-    );
-    serde_json::from_slice(&output.stdout).context("the client printed no pairs")
+    output_of(
+        client,
+        &["connect-client", &server.to_string(), &services.to_string()],
+    )
 }
 
 fn median<'a>(rounds: impl Iterator<Item = &'a Round> + Clone) -> Round {

@@ -19,6 +19,7 @@ use serde_json::json;
 use super::{
     cluster::{Cluster, NODE_PORT, TARGET_PORT},
     conntrack::Raised,
+    output_of,
     proxies::{Proxy, Running},
     report::{Ratio, Report, Target, percentile, ratio},
 };
@@ -199,20 +200,7 @@ fn serve(topology: &Topology, nodes: &[(Proxy, Node)], services: u32) -> Result<
 }
 
 fn run_client(client: &Pod, plan: &Plan) -> Result<Rounds> {
-    let own = std::env::current_exe().context("cannot find the bench's own binary")?;
-    let output = client
-        .place()
-        .command(own)?
-        .args(["packets-client", &serde_json::to_string(plan)?])
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run the client")?;
-    ensure!(
-        output.status.success(),
-        "the client ended with {}",
-        output.status
-    );
-    serde_json::from_slice(&output.stdout).context("the client printed no rounds")
+    output_of(client, &["packets-client", &serde_json::to_string(plan)?])
 }
 
 /// The server process in a pod of a node.

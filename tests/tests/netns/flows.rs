@@ -13,11 +13,10 @@ use proxy_tests::{
     flows::{Client, Flow, Kind, Outcome, Setting, Target, exists, expected},
     left_untranslated,
     peer::PATIENCE,
-    scenario::{SOURCES, TCP, UDP, UDP_TARGET, in_family},
+    scenario::{POD_NETWORKS, SOURCES, TCP, UDP, UDP_TARGET, in_family},
 };
 use serde_json::json;
 
-const PODS: &str = "10.244.0.0/16,fd00:10:244::/48";
 /// Asked this often, each of two endpoints answers, except once in 100 million times.
 const OFTEN: usize = 28;
 /// A dropped packet is sent again after a second.
@@ -58,7 +57,7 @@ fn run(name: &str, detector: bool, masquerade_all: bool) {
         let mut args = vec!["--iptables-min-sync-period", "50ms"];
         args.extend(["--mode", if ebpf { "ebpf" } else { "iptables" }]);
         if detector {
-            args.extend(["--cluster-cidr", PODS]);
+            args.extend(["--cluster-cidr", POD_NETWORKS]);
         }
         if masquerade_all {
             args.push("--masquerade-all");

@@ -9,19 +9,12 @@ use nix::{
 };
 use proxy_tests::{
     Scenario, Service,
-    scenario::{SOURCES, TCP, UDP, in_family},
+    scenario::{SOURCES, TCP, UDP, in_family, in_mode},
 };
 use serde_json::json;
 
 const NODE_PORT: u16 = 30_081;
-const ARGS: [&str; 6] = [
-    "--mode",
-    "iptables",
-    "--cluster-cidr",
-    "10.244.0.0/16,fd00:10:244::/48",
-    "--iptables-min-sync-period",
-    "100ms",
-];
+const ARGS: [&str; 6] = in_mode("iptables");
 
 /// A Service at `vip(1)` and `outside(1)`, port 80, whose pods say which address they see; and port 53 for datagrams.
 fn seen(s: &Scenario) -> Service {

@@ -5,19 +5,12 @@ use std::net::SocketAddr;
 use anyhow::{Context, ensure};
 use proxy_tests::{
     Scenario, Service,
-    scenario::{SOON, TCP, TCP_TARGET, each_family_with, in_family},
+    scenario::{SOON, TCP, TCP_TARGET, each_family_with, in_family, in_mode},
     wait_for,
 };
 use serde_json::{Value, json};
 
-const ARGS: [&str; 6] = [
-    "--mode",
-    "iptables",
-    "--cluster-cidr",
-    "10.244.0.0/16,fd00:10:244::/48",
-    "--iptables-min-sync-period",
-    "100ms",
-];
+const ARGS: [&str; 6] = in_mode("iptables");
 
 /// Runs `body` in both families with an agent in iptables mode that serves a Service with affinity at `vip(1)`.
 fn each_family(name: &str, body: impl Fn(&mut Scenario) -> anyhow::Result<()>) {

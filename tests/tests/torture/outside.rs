@@ -9,7 +9,7 @@ use anyhow::ensure;
 use proxy_tests::{
     Agent, Endpoint, Scenario, Service, flannel, let_run,
     load::{LoadPlan, Talk},
-    scenario::TCP,
+    scenario::{TCP, in_mode},
 };
 
 /// Servers in each pod; half of all are endpoints at a time.
@@ -64,16 +64,8 @@ impl Outside {
 
     /// The agent of this mode takes over from the one that just ended.
     fn start(&self, mode: &str) -> anyhow::Result<Agent> {
-        let networks = "10.244.0.0/16,fd00:10:244::/48";
-        let args = [
-            "--mode",
-            mode,
-            "--cluster-cidr",
-            networks,
-            "--iptables-min-sync-period",
-            "100ms",
-        ];
-        let mut agent = Agent::new(&self.s.a, &self.s.manifests, &args)?.with_priority(-10);
+        let mut agent =
+            Agent::new(&self.s.a, &self.s.manifests, &in_mode(mode))?.with_priority(-10);
         agent.spawn()?;
         agent.wait_ready()?;
         Ok(agent)

@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 use proxy_tests::{
     Agent, Peer, Pod, Scenario, Service, flannel,
     peer::{PATIENCE, Socket},
-    scenario::{OFTEN, SOON, SOURCES, TCP, UDP, UDP_TARGET},
+    scenario::{OFTEN, SOON, SOURCES, TCP, UDP, UDP_TARGET, in_mode},
     wait_for,
 };
 use serde_json::json;
@@ -126,16 +126,7 @@ fn agent(s: &Scenario, mode: Mode) -> anyhow::Result<Agent> {
         Mode::Ebpf => "ebpf",
         Mode::Iptables => "iptables",
     };
-    let networks = "10.244.0.0/16,fd00:10:244::/48";
-    let args = [
-        "--mode",
-        mode,
-        "--cluster-cidr",
-        networks,
-        "--iptables-min-sync-period",
-        "100ms",
-    ];
-    Agent::start(&s.a, &s.manifests, &args)
+    Agent::start(&s.a, &s.manifests, &in_mode(mode))
 }
 
 impl World {
