@@ -49,10 +49,13 @@ impl ChainName {
         Self::fixed(&format!("{prefix}{}", hash(parts)))
     }
 
-    /// `prefix` and `identity`, or a hash of the identity where it does not fit.
+    /// `prefix` and `identity`, or as much of a hash of the identity as fits.
     pub(super) fn helper(prefix: &str, identity: &str) -> Self {
-        Self::new(&format!("{prefix}{identity}"))
-            .unwrap_or_else(|| Self::hashed(prefix, &[identity]))
+        Self::new(&format!("{prefix}{identity}")).unwrap_or_else(|| {
+            let hash = hash(&[identity]);
+            let room = LENGTH - prefix.len();
+            Self::fixed(&format!("{prefix}{}", &hash[..room.min(hash.len())]))
+        })
     }
 
     /// The name.
@@ -182,6 +185,8 @@ mod tests {
         assert_eq!(short.as_str(), "KUBE-SVC-D-0A6");
         let long = ChainName::helper("KUBE-SVC-D-", "FD000000000000000000");
         assert_eq!(long.as_str().len(), 27);
+        let longest = ChainName::helper("PROXY-AGENT-C-", "FD000000000000000000");
+        assert_eq!(longest.as_str().len(), 28);
         assert_eq!(ChainName::new(&"x".repeat(29)), None);
     }
 }

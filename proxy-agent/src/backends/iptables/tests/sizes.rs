@@ -136,6 +136,26 @@ fn no_set_of_frontends_needs_more_jumps_than_nf_tables_allows() {
     assert_eq!(found, texts(["[fd00:24::]:8080 m"]));
 }
 
+/// The names of the chains below filter's roots begin longest.
+#[test]
+fn many_ipv6_services_without_endpoints_are_refused_by_trees() {
+    let states = (0..300_u32).map(|number| {
+        let mut state = cluster_ip(number, [10, 96, 0, 1].into(), 0);
+        state.key.family = Family::V6;
+        state.frontends[0].address =
+            std::net::Ipv6Addr::from_bits(0xfd00_0010_0096 << 80 | u128::from(number)).into();
+        state
+    });
+    let states: Vec<_> = states.collect();
+    let backend = holding(rules(), &of(&states.iter().collect::<Vec<_>>()));
+    let to = (states[299].frontends[0].address, 80);
+    let found = ends(
+        &backend,
+        &packet(ip(Family::V6, "10.244.0.5"), Some("cni0"), to),
+    );
+    assert_eq!(found, texts(["rejected"]));
+}
+
 #[test]
 fn a_packet_of_no_service_meets_a_handful_of_rules() {
     let services = cluster(5_000, 1, true);
