@@ -15,6 +15,7 @@ use crate::{
 };
 
 mod apply;
+mod bulk;
 mod describe;
 mod draft;
 pub mod held;
@@ -102,6 +103,8 @@ pub struct IptablesBackend<T> {
     found: Vec<(LeafKey, Leaf)>,
     /// The order of the tables in the next apply.
     filter_first: bool,
+    /// Chains of the next apply that were not there when it was planned.
+    absent: BTreeSet<Key>,
     left_out: BTreeMap<ServicePort, String>,
     /// None while nobody else is looked out for.
     rivals: Option<Rivals>,
@@ -120,6 +123,7 @@ impl<T: Tables> IptablesBackend<T> {
             has_kubelet_firewall: false,
             found: Vec::new(),
             filter_first: true,
+            absent: BTreeSet::new(),
             left_out: BTreeMap::new(),
             rivals: None,
             of_rivals: rival::Found::default(),
@@ -224,6 +228,9 @@ impl<T: Tables> Backend for IptablesBackend<T> {
             plan.upserts
                 .retain(|(key, _)| !observed.contains_key(key) || may_change(key));
         }
+        let upserts = plan.upserts.iter().map(|(key, _)| key);
+        let absent = upserts.filter(|key| !observed.contains_key(key));
+        self.absent = absent.cloned().collect();
         plan
     }
 

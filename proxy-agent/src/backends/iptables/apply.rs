@@ -42,7 +42,7 @@ pub(super) fn apply<T: Tables>(
         for family in backend.rules.families.clone() {
             let draft = backend.draft(family, table, plan, state);
             if !draft.is_empty() {
-                Attempt::new(backend, family, table, draft).carry_out()?;
+                backend.carry_out(family, table, draft)?;
             }
         }
     }
@@ -62,6 +62,21 @@ fn sets<'a>(keys: impl Iterator<Item = &'a Key>) -> BTreeSet<AddressSet> {
 }
 
 impl<T: Tables> IptablesBackend<T> {
+    fn carry_out(&mut self, family: Family, table: Table, mut draft: Draft) -> Result<(), Error> {
+        self.write_ahead(family, table, &mut draft)?;
+        let old = self.left_behind(&mut draft);
+        let is_complete = Attempt::new(self, family, table, draft).carry_out()?;
+        // Otherwise a chain that stayed may lead there.
+        if is_complete && !self.remove_pieces(family, table, &old)? {
+            let draft = Draft {
+                deletions: old,
+                ..Draft::default()
+            };
+            Attempt::new(self, family, table, draft).carry_out()?;
+        }
+        Ok(())
+    }
+
     /// What a plan does to one table.
     fn draft(
         &self,
@@ -168,7 +183,8 @@ impl<'a, T: Tables> Attempt<'a, T> {
         }
     }
 
-    fn carry_out(mut self) -> Result<(), Error> {
+    /// False if something was left out.
+    fn carry_out(mut self) -> Result<bool, Error> {
         let mut said = BTreeMap::new();
         loop {
             let text = self.text(&self.left_out);
@@ -199,7 +215,7 @@ impl<'a, T: Tables> Attempt<'a, T> {
             self.backend.left_out.remove(owner);
         }
         self.backend.left_out.extend(said);
-        Ok(())
+        Ok(self.left_out.services.is_empty())
     }
 
     fn text(&self, left_out: &LeftOut) -> Text {

@@ -26,6 +26,10 @@ pub use owner::Owner;
 use run::{Output, run};
 pub use variant::{Choice, Stale, Variant};
 
+/// Chains of a transaction of the nft variant; see [`Tables::piece`]. Measured with 10,000 chains of ten rules and 1.8.9: 7.1 s
+/// in one, 1.5 s in 10 or 20, 1.7 s in 50.
+const PIECE: usize = 500;
+
 /// How long a tool waits for the lock that all of them share, seconds.
 const LOCK_WAIT_SECONDS: u32 = 5;
 
@@ -122,6 +126,11 @@ impl Tables for Host {
     fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {
         self.may_write()?;
         self.restore_in(family, &table.to_string(), text)
+    }
+
+    fn piece(&self) -> Option<usize> {
+        // The legacy variant replaces the table each time.
+        self.choice.variant.is_nft().then_some(PIECE)
     }
 
     fn sets(&mut self) -> Result<BTreeSet<AddressSet>, Error> {

@@ -65,6 +65,10 @@ impl<T: Tables> Tables for &mut T {
         (**self).restore(family, table, text)
     }
 
+    fn piece(&self) -> Option<usize> {
+        (**self).piece()
+    }
+
     fn sets(&mut self) -> Result<BTreeSet<AddressSet>, Error> {
         (**self).sets()
     }
@@ -91,6 +95,9 @@ pub trait Tables {
     /// # Errors
     /// Nothing went in.
     fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError>;
+
+    /// About so many chains go into a transaction if they can go into several; none if one is always best.
+    fn piece(&self) -> Option<usize>;
 
     /// Our address sets that exist (names that begin with `KUBE-`).
     ///

@@ -22,6 +22,7 @@ use crate::{
 };
 
 mod affinity;
+mod bulk;
 mod changes;
 mod host;
 mod matrix;

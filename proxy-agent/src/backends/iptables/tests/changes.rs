@@ -101,8 +101,13 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn changes_lead_where_a_fresh_start_leads(steps in steps(), batch in 1..12_usize) {
-        let mut driver = Driver::new(Simulated::default(), rules());
+    fn changes_lead_where_a_fresh_start_leads(
+        steps in steps(),
+        batch in 1..12_usize,
+        piece in prop::option::of(1..9_usize),
+    ) {
+        let tables = Simulated { piece, ..Simulated::default() };
+        let mut driver = Driver::new(tables, rules());
         driver.turn(&BTreeSet::new()).unwrap();
         for steps in steps.chunks(batch) {
             for (id, seed) in steps {
@@ -115,8 +120,12 @@ proptest! {
     }
 
     #[test]
-    fn faults_and_restarts_lead_nowhere_else(steps in steps(), seed in any::<u64>()) {
-        let tables = Simulated { fault_rate: 10, seed, ..Simulated::default() };
+    fn faults_and_restarts_lead_nowhere_else(
+        steps in steps(),
+        seed in any::<u64>(),
+        piece in prop::option::of(20..60_usize),
+    ) {
+        let tables = Simulated { fault_rate: 10, seed, piece, ..Simulated::default() };
         let mut driver = Driver::new(tables, rules());
         for (at, (id, seed)) in steps.iter().enumerate() {
             driver.set(*id, *seed);

@@ -43,10 +43,19 @@ fn names(backend: &IptablesBackend<Simulated>) -> Vec<String> {
 #[test]
 fn the_others_go_in_whether_or_not_the_line_is_named() {
     let services: Vec<_> = (0..60).map(web).collect();
-    for names_lines in [true, false] {
+    for (names_lines, piece) in [
+        (true, None),
+        (false, None),
+        (true, Some(8)),
+        (false, Some(8)),
+    ] {
         // An endpoint's rule of one, a frontend's of another.
-        let refuses = ["10.244.1.7:8080", "-d 10.96.0.41/32 -p tcp -m comment"];
-        let mut backend = IptablesBackend::new(Simulated::default(), rules());
+        let refuses = ["10.244.1.7:8080", "-d 10.96.0.41/32 -p tcp"];
+        let tables = Simulated {
+            piece,
+            ..Simulated::default()
+        };
+        let mut backend = IptablesBackend::new(tables, rules());
         apply(&mut backend, &services, &refuses, names_lines).unwrap();
         assert_eq!(
             names(&backend),

@@ -26,6 +26,8 @@ pub struct Simulated {
     /// One change in so many fails; 0 = none.
     pub fault_rate: u64,
     pub seed: u64,
+    /// See [`Tables::piece`].
+    pub piece: Option<usize>,
     /// What went in.
     pub log: Vec<(Family, Table, String)>,
 }
@@ -52,6 +54,7 @@ impl Default for Simulated {
             names_lines: true,
             fault_rate: 0,
             seed: 0,
+            piece: None,
             log: Vec::new(),
         }
     }
@@ -267,6 +270,10 @@ impl Tables for Simulated {
         self.tables.insert((family, table), chains);
         self.log.push((family, table, text.to_owned()));
         Ok(())
+    }
+
+    fn piece(&self) -> Option<usize> {
+        self.piece
     }
 
     fn sets(&mut self) -> Result<BTreeSet<AddressSet>, Error> {

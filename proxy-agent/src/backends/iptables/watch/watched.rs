@@ -117,6 +117,10 @@ impl<T: Tables> Tables for Watched<T> {
         result
     }
 
+    fn piece(&self) -> Option<usize> {
+        self.tables.piece()
+    }
+
     fn sets(&mut self) -> Result<BTreeSet<AddressSet>, Error> {
         self.tables.sets()
     }
