@@ -133,9 +133,6 @@ impl Display for Rule<'_> {
         )?;
         option(f, "-i", *interface)?;
         option(f, "-p", of_protocol.and_then(|p| is(protocol(p))))?;
-        if let Some(comment) = comment {
-            write!(f, "-m comment --comment \"{comment}\" ")?;
-        }
         for one in *matches {
             one.write(f, *family)?;
         }
@@ -145,6 +142,10 @@ impl Display for Rule<'_> {
                 true => f.write_str(" ")?,
                 false => write!(f, ":{last} ")?,
             }
+        }
+        // Last, since it is a call for the kernel like any other match: only a packet that the rule is for pays for it.
+        if let Some(comment) = comment {
+            write!(f, "-m comment --comment \"{comment}\" ")?;
         }
         target.write(f, *family)
     }
@@ -260,7 +261,7 @@ mod tests {
                     ports: Some((53, 53)),
                     ..v4(Target::Jump(chain))
                 },
-                "! -s 10.244.0.0/16 -d 10.96.0.10/32 -p udp -m comment --comment \"kube-system/kube-dns:dns cluster IP\" -m udp --dport 53 -j KUBE-SVC-X",
+                "! -s 10.244.0.0/16 -d 10.96.0.10/32 -p udp -m udp --dport 53 -m comment --comment \"kube-system/kube-dns:dns cluster IP\" -j KUBE-SVC-X",
             ),
             (
                 Rule {

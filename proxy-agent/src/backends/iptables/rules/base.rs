@@ -21,7 +21,7 @@ pub(in super::super) const EXTERNAL_SERVICES: ChainName =
 pub(in super::super) const PROXY_FIREWALL: ChainName = ChainName::fixed("KUBE-PROXY-FIREWALL");
 const FORWARD: ChainName = ChainName::fixed("KUBE-FORWARD");
 const POSTROUTING: ChainName = ChainName::fixed("KUBE-POSTROUTING");
-pub(in super::super) const MARK_MASQ: ChainName = ChainName::fixed("KUBE-MARK-MASQ");
+const MARK_MASQ: ChainName = ChainName::fixed("KUBE-MARK-MASQ");
 /// kubelet's too.
 pub(in super::super) const KUBELET_FIREWALL: ChainName = ChainName::fixed("KUBE-FIREWALL");
 
@@ -178,6 +178,7 @@ pub(in super::super) fn render(rules: &Rules, family: Family, table: Table, sink
         }
         Table::Nat => {
             postrouting(rules, family).send(family, table, POSTROUTING, sink);
+            // No rule of ours leads there. Others do: the portmap plugin can be told to (`externalSetMarkChain`).
             let mut mark = Body::default();
             mark.push(&Rule::new(family, Target::SetMark(rules.masquerade_mark)));
             mark.send(family, table, MARK_MASQ, sink);
@@ -190,6 +191,15 @@ pub(in super::super) fn render(rules: &Rules, family: Family, table: Table, sink
 
 fn forward(rules: &Rules, family: Family) -> Body {
     let mut body = Body::default();
+    // With a policy of DROP in FORWARD, what was masqueraded passes, and so does what follows: by far the most packets, and
+    // so the first rule.
+    body.push(&Rule {
+        matches: &[Match::State(Is {
+            not: false,
+            value: "RELATED,ESTABLISHED",
+        })],
+        ..Rule::new(family, Target::Accept)
+    });
     // A pod's answer that conntrack calls invalid is not translated back: the client would see the pod's address and reset
     // the connection (kubernetes#74839). Only from pods, since asymmetric routes make others invalid (#94861).
     if let Some(pods) = rules.pods(family).filter(|_| !rules.conntrack_liberal) {
@@ -205,20 +215,11 @@ fn forward(rules: &Rules, family: Family) -> Body {
         pods.restrict(&mut rule, false);
         body.push(&rule);
     }
-    // With a policy of DROP in FORWARD, what was masqueraded passes, and so does what follows.
     body.push(&Rule {
         comment: Some(format_args!("kubernetes forwarding rules")),
         matches: &[Match::Mark(Is {
             not: false,
             value: rules.masquerade_mark,
-        })],
-        ..Rule::new(family, Target::Accept)
-    });
-    body.push(&Rule {
-        comment: Some(format_args!("kubernetes forwarding conntrack rule")),
-        matches: &[Match::State(Is {
-            not: false,
-            value: "RELATED,ESTABLISHED",
         })],
         ..Rule::new(family, Target::Accept)
     });

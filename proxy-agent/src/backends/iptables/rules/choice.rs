@@ -19,7 +19,6 @@ use super::{
         tables::{AddressSet, Table},
     },
     Body, Rules, Sink,
-    base::MARK_MASQ,
 };
 use crate::state::{Backend, Family, ServiceState};
 
@@ -48,6 +47,7 @@ pub(super) struct Choice<'a> {
     names: &'a ServiceNames,
     state: &'a ServiceState,
     affinity: Affinity,
+    mark: u32,
 }
 
 /// Endpoints below a chain.
@@ -70,6 +70,7 @@ impl<'a> Choice<'a> {
             names,
             state,
             affinity,
+            mark: rules.masquerade_mark,
         }
     }
 
@@ -214,7 +215,7 @@ impl<'a> Choice<'a> {
                 // A client that reaches itself has to see the node as its peer, or it would answer itself directly.
                 body.push(&Rule {
                     source: is(host(member.address)),
-                    ..self.rule(Target::Jump(MARK_MASQ))
+                    ..self.rule(Target::SetMark(self.mark))
                 });
             }
             let see = [Match::See(chain)];

@@ -7,7 +7,6 @@ use super::{
         tables::Table,
     },
     Body, Rules, Sink,
-    base::MARK_MASQ,
     choice::Choice,
     tree::{Leaf, LeafKey, Root, Verdict},
 };
@@ -107,6 +106,11 @@ impl<'a> Service<'a> {
         Rule::new(self.state.key.family, target)
     }
 
+    /// As KUBE-MARK-MASQ does, without the way there.
+    fn mark(&self) -> Target {
+        Target::SetMark(self.rules.masquerade_mark)
+    }
+
     fn chain_of(&self, policy: TrafficPolicy) -> ChainName {
         match policy {
             TrafficPolicy::Cluster => self.names.cluster,
@@ -140,7 +144,7 @@ impl<'a> Service<'a> {
                 destination: is(host(frontend.address)),
                 protocol: Some(self.state.key.protocol),
                 ports: Some((frontend.port, frontend.port)),
-                ..self.rule(Target::Jump(MARK_MASQ))
+                ..self.rule(self.mark())
             };
             if !self.rules.masquerade_all {
                 match self.rules.pods(self.state.key.family) {
@@ -156,7 +160,7 @@ impl<'a> Service<'a> {
     fn external_chain(&self, sink: &mut Sink<'_>) {
         let mut body = Body::default();
         match self.state.external_policy {
-            TrafficPolicy::Cluster => body.push(&self.rule(Target::Jump(MARK_MASQ))),
+            TrafficPolicy::Cluster => body.push(&self.rule(self.mark())),
             TrafficPolicy::Local if self.cluster.is_empty() => {}
             TrafficPolicy::Local => self.short_circuit(&mut body),
         }
@@ -177,7 +181,7 @@ impl<'a> Service<'a> {
             body.push(&rule);
         }
         // The node's own source address may be the load balancer's.
-        for target in [Target::Jump(MARK_MASQ), cluster] {
+        for target in [self.mark(), cluster] {
             body.push(&Rule {
                 matches: &[Match::SourceIsLocal],
                 ..self.rule(target)

@@ -1,13 +1,12 @@
 //! From a destination to a Service, in a number of rules that hardly depends on the number of Services.
 //!
-//! A chain with few frontends has a rule for each. One with many has a rule for each of up to sixteen parts of its prefix
-//! (four bits of the address, then the protocol, then four bits of the port), which lead to a chain for that part. Bits
-//! that all frontends share are skipped. All of it is a function of the set of frontends, so a change writes the chains
-//! from the root to what changed, whatever happened before.
+//! A chain with few frontends has a rule for each. One with many has a rule for each of up to four parts of its prefix (two
+//! bits of the address, then the protocol, then two bits of the port), which lead to a chain for that part. Bits that all
+//! frontends share are skipped. All of it is a function of the set of frontends, so a change writes the chains from the
+//! root to what changed, whatever happened before.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt::Write,
     net::IpAddr,
 };
 
@@ -24,15 +23,18 @@ use super::{
 use crate::state::{Family, Protocol, ServicePort};
 
 /// As many frontends have a rule each.
-const LEAVES: usize = 16;
-/// Bits that one level of the tree tells apart.
-const STEP: u32 = 4;
+const LEAVES: usize = 8;
+/// Bits that each level of the tree tells apart; below the last one, all frontends have a rule each.
+///
+/// By two bits at a time a packet meets the fewest rules. The last level is there for sets that forked often further up
+/// (addresses of several networks), and takes four.
+const STEPS: [u32; DEPTH] = [2, 2, 2, 2, 2, 2, 4];
 
-/// Levels of a tree, at most; deeper down, all frontends have a rule each.
+/// Levels of a tree, at most.
 ///
 /// nf_tables refuses more than 15 jumps in a row (`NFT_JUMP_STACK_SIZE`; seen with iptables-nft 1.8.9). The longest way is
-/// KUBE-SERVICES, six levels, KUBE-FW, KUBE-EXT, KUBE-SVC, three levels of groups, KUBE-SEP, KUBE-MARK-MASQ.
-pub(in super::super) const DEPTH: usize = 6;
+/// KUBE-SERVICES, seven levels, KUBE-FW, KUBE-EXT, KUBE-SVC, three levels of groups, KUBE-SEP.
+pub(in super::super) const DEPTH: usize = 7;
 
 /// A chain that dispatches by destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -194,7 +196,8 @@ impl Part {
         }
     }
 
-    /// Digits of the address, of the protocol, of the port: one for each level.
+    /// The network as its first digits and its length, the address and the first letter of the protocol, then the ports as
+    /// their first digits and the number of bits.
     fn identity(&self) -> String {
         let digits = |address: IpAddr| match address {
             IpAddr::V4(v4) => format!("{:08X}", v4.to_bits()),
@@ -208,19 +211,16 @@ impl Part {
             }
             text + &protocol(of)[..1].to_uppercase()
         };
+        let start = |mut digits: String, bits: u32| {
+            digits.truncate(bits.div_ceil(4) as usize);
+            format!("{digits}-{bits}")
+        };
         match *self {
-            Self::Network(net) => {
-                let mut text = digits(net.addr());
-                text.truncate(usize::from(net.prefix_len()) / STEP as usize);
-                text
-            }
+            Self::Network(net) => start(digits(net.addr()), net.prefix_len().into()),
             Self::Protocol(address, protocol) => of(address, protocol),
             Self::Ports(address, protocol, first, last) => {
-                let mut text = of(address, protocol);
-                let shared = (first ^ last).leading_zeros() / STEP;
-                let _ = write!(text, "{first:04X}");
-                text.truncate(text.len() - 4 + shared as usize);
-                text
+                let bits = (first ^ last).leading_zeros();
+                of(address, protocol) + &start(format!("{first:04X}"), bits)
             }
         }
     }
@@ -263,20 +263,21 @@ enum Split {
 }
 
 impl Split {
-    /// By the first bits in which two destinations differ: the least and the greatest of a chain.
-    fn between(first: &LeafKey, last: &LeafKey) -> Self {
-        let shared = match (first.address, last.address) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros(),
-            (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros(),
-            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => 0,
+    /// By the first `step` bits in which two destinations differ: the least and the greatest of a chain.
+    fn between(first: &LeafKey, last: &LeafKey, step: u32) -> Self {
+        let (shared, length) = match (first.address, last.address) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => ((a.to_bits() ^ b.to_bits()).leading_zeros(), 32),
+            (IpAddr::V6(a), IpAddr::V6(b)) => ((a.to_bits() ^ b.to_bits()).leading_zeros(), 128),
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => (0, 128),
         };
-        let next = |shared: u32| shared / STEP * STEP + STEP;
+        // On a grid, so that most changes of the least and the greatest move nothing.
+        let next = |shared: u32, length: u32| (shared / 2 * 2 + step).min(length);
         if first.address != last.address {
-            Self::Address(next(shared))
+            Self::Address(next(shared, length))
         } else if first.protocol != last.protocol {
             Self::Protocol
         } else {
-            Self::Port(next((first.port ^ last.port).leading_zeros()))
+            Self::Port(next((first.port ^ last.port).leading_zeros(), u16::BITS))
         }
     }
 }
@@ -332,7 +333,7 @@ impl Tree<'_> {
             }
             return;
         }
-        let split = Split::between(first, last);
+        let split = Split::between(first, last, STEPS[depth]);
         for leaves in leaves.chunk_by(|(a, _), (b, _)| Part::of(a, split) == Part::of(b, split)) {
             let (key, leaf) = leaves[0];
             if leaves.len() == 1 {

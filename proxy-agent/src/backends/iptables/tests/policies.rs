@@ -64,7 +64,7 @@ fn the_port_at_which_load_balancers_ask_is_accepted_in_both_families() {
         assert_eq!(
             accepted(&mut backend, family),
             [
-                "-A KUBE-NODEPORTS -p tcp -m comment --comment \"default/web:http health check node port\" -m tcp --dport 32000 -j ACCEPT"
+                "-A KUBE-NODEPORTS -p tcp -m tcp --dport 32000 -m comment --comment \"default/web:http health check node port\" -j ACCEPT"
             ]
         );
     }
