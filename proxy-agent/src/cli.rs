@@ -1,11 +1,19 @@
 //! Arguments: every flag typed, with its unit. Nothing here opens a file or asks the kernel.
 
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
-use ipnet::IpNet;
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::state::{NodePortAddress, Protocol};
+use crate::state::NodePortAddress;
+
+mod host;
+mod packet;
+mod values;
+
+pub use host::HostSettings;
+pub use packet::{DetectLocalMode, Packet};
+pub use values::Destination;
+use values::seconds;
 
 /// Exit code of a wrong command line (`EX_USAGE`).
 pub const USAGE: u8 = 64;
@@ -158,126 +166,6 @@ pub struct Layers {
     pub packet: Packet,
 }
 
-/// The packet layer. Names and defaults are kube-proxy's (cmd/kube-proxy/app/options.go).
-#[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Packet layer")]
-pub struct Packet {
-    /// How a pod of this node is told from other clients
-    #[arg(long, value_name = "MODE", default_value = "ClusterCIDR")]
-    pub detect_local_mode: DetectLocalMode,
-    /// Networks of the cluster's pods, for ClusterCIDR: the first of each family counts
-    #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
-    pub cluster_cidr: Vec<IpNet>,
-    /// Name of the pods' bridge, for BridgeInterface
-    #[arg(long, value_name = "NAME")]
-    pub pod_bridge_interface: Option<String>,
-    /// What the names of the pods' interfaces begin with, for InterfaceNamePrefix
-    #[arg(long, value_name = "PREFIX")]
-    pub pod_interface_name_prefix: Option<String>,
-    /// Masquerade whatever goes to a ClusterIP
-    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true")]
-    pub masquerade_all: bool,
-    /// Bit of the packet mark that asks for masquerading
-    #[arg(long, value_name = "BIT", default_value = "14", value_parser = clap::value_parser!(u8).range(0..=31))]
-    pub iptables_masquerade_bit: u8,
-    /// Serve node ports on 127.0.0.0/8 in --mode iptables, which sets route_localnet
-    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true")]
-    pub iptables_localhost_nodeports: bool,
-    /// Take over when another proxy has given no sign for this long; kube-proxy's default --iptables-sync-period and more
-    #[arg(long, value_name = "DURATION", default_value = "45s", value_parser = duration)]
-    pub takeover_after: Duration,
-    /// Shortest time between two changes of the rules
-    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = duration)]
-    pub iptables_min_sync_period: Duration,
-}
-
-/// Settings of the host. Names and defaults are kube-proxy's (cmd/kube-proxy/app/options.go).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Args)]
-#[command(next_help_heading = "Host: raised where smaller, never lowered")]
-pub struct HostSettings {
-    /// Connections to track for each CPU; 0 leaves the limit as it is
-    #[arg(long, value_name = "NUMBER", default_value_t = 32_768)]
-    pub conntrack_max_per_core: u32,
-    /// Connections to track at least, however few CPUs there are
-    #[arg(long, value_name = "NUMBER", default_value_t = 131_072)]
-    pub conntrack_min: u32,
-    /// How long an idle TCP connection is tracked; 0 leaves it as it is
-    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
-    pub conntrack_tcp_timeout_established: Duration,
-    /// How long a TCP connection that one end has closed is tracked; 0 leaves it as it is
-    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
-    pub conntrack_tcp_timeout_close_wait: Duration,
-    /// Take no TCP packet out of its window for invalid
-    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true")]
-    pub conntrack_tcp_be_liberal: bool,
-    /// How long an idle UDP flow without an answer is tracked; 0 leaves it as it is
-    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration)]
-    pub conntrack_udp_timeout: Duration,
-    /// How long an idle UDP flow with answers is tracked; 0 leaves it as it is
-    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration)]
-    pub conntrack_udp_timeout_stream: Duration,
-    /// How soon the kernel ends this process when memory runs out: -1000 never, 1000 first
-    #[arg(long, value_name = "SCORE", default_value_t = -999, allow_negative_numbers = true, value_parser = clap::value_parser!(i16).range(-1000..=1000))]
-    pub oom_score_adj: i16,
-}
-
-/// What tells a pod of this node from other clients; kube-proxy's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DetectLocalMode {
-    /// Its address is in --cluster-cidr
-    #[value(name = "ClusterCIDR")]
-    ClusterCidr,
-    /// Its address is in the podCIDRs of the own Node object, followed live
-    #[value(name = "NodeCIDR")]
-    NodeCidr,
-    /// It comes through --pod-bridge-interface
-    #[value(name = "BridgeInterface")]
-    BridgeInterface,
-    /// It comes through an interface whose name begins with --pod-interface-name-prefix
-    #[value(name = "InterfaceNamePrefix")]
-    InterfaceNamePrefix,
-}
-
-/// `1s`, `500ms`, `1h30m`: Go's durations, which kube-proxy's flags have, in whole numbers.
-fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no duration: use 1s, 500ms or 1h30m");
-    if text == "0" {
-        return Ok(Duration::ZERO);
-    }
-    let (mut total, mut rest) = (Duration::ZERO, text);
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
-        let (number, tail) = rest.split_at(digits);
-        let number: u32 = number.parse().map_err(|_| wrong())?;
-        let letters = tail.find(|c: char| c.is_ascii_digit());
-        let (unit, tail) = tail.split_at(letters.unwrap_or(tail.len()));
-        let unit = match unit {
-            "ms" => Duration::from_millis(1),
-            "s" => Duration::from_secs(1),
-            "m" => Duration::from_secs(60),
-            "h" => Duration::from_secs(3_600),
-            _ => return Err(wrong()),
-        };
-        total = unit
-            .checked_mul(number)
-            .and_then(|part| total.checked_add(part))
-            .ok_or_else(wrong)?;
-        rest = tail;
-    }
-    match text.is_empty() {
-        true => Err(wrong()),
-        false => Ok(total),
-    }
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    match text.parse::<u32>() {
-        Ok(seconds @ 3..=86_400) => Ok(Duration::from_secs(seconds.into())),
-        Ok(_) => Err("must be 3 to 86400: the agent renews it every second".to_owned()),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
 /// `dump`.
 #[derive(Debug, Args)]
 pub struct Dump {
@@ -367,33 +255,6 @@ pub struct Cleanup {
     /// Remove what kube-proxy left instead, of any of its modes: also beside a running agent, whose rules stay
     #[arg(long)]
     pub kube_proxy: bool,
-}
-
-/// ADDRESS:PORT/PROTO.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Destination {
-    /// Address and port.
-    pub address: SocketAddr,
-    /// Protocol, TCP when not given.
-    pub protocol: Protocol,
-}
-
-impl FromStr for Destination {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (address, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-        let protocol = match protocol.to_ascii_lowercase().as_str() {
-            "tcp" => Protocol::Tcp,
-            "udp" => Protocol::Udp,
-            "sctp" => Protocol::Sctp,
-            other => return Err(format!("unknown protocol {other:?}: use tcp, udp or sctp")),
-        };
-        let address = address.parse().map_err(
-            |_| "expected ADDRESS:PORT/PROTO, like 10.96.0.10:53/udp or [fd00::a]:53/udp",
-        )?;
-        Ok(Self { address, protocol })
-    }
 }
 
 /// Parses a command line; the first of `args` is the program's name.
@@ -555,19 +416,5 @@ mod tests {
         }
         assert!(!parsed("--help").unwrap_err().use_stderr());
         assert!(!parsed("--version").unwrap_err().use_stderr());
-    }
-
-    #[test]
-    fn destinations_are_read_in_both_families() {
-        let read = |text: &str| text.parse::<Destination>();
-        assert_eq!(
-            read("[fd00::a]:53/UDP").unwrap(),
-            Destination {
-                address: "[fd00::a]:53".parse().unwrap(),
-                protocol: Protocol::Udp
-            }
-        );
-        assert_eq!(read("10.0.0.1:80").unwrap().protocol, Protocol::Tcp);
-        assert!(read("10.0.0.1/tcp").is_err() && read("10.0.0.1:80/x").is_err());
     }
 }
