@@ -9,6 +9,9 @@ use crate::state::Protocol;
 /// What a packet has, or with false, has not.
 pub(super) type Is<T> = (bool, T);
 
+/// What may follow a `!`.
+const NEGATED: [&str; 6] = ["-s", "-d", "-i", "--ctorigdst", "--ctstate", "--mark"];
+
 /// A rule. Matches that are none match every packet.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Parsed {
@@ -85,6 +88,14 @@ fn net(text: &str, full: bool) -> Result<IpNet, String> {
     }
 }
 
+/// Whether addresses of this kind are local ones; rules of ours ask for no others.
+fn local(kind: &str) -> Result<bool, String> {
+    match kind {
+        "LOCAL" => Ok(true),
+        other => Err(format!("addresses of type {other}")),
+    }
+}
+
 impl Parsed {
     /// Reads what `iptables-save` prints after the name of the chain.
     ///
@@ -96,6 +107,9 @@ impl Parsed {
         let mut words = words.iter().map(String::as_str);
         let mut holds = true;
         while let Some(word) = words.next() {
+            if !holds && !NEGATED.contains(&word) {
+                return Err(format!("! {word}"));
+            }
             let mut next = || words.next().ok_or(format!("{word} lacks a value"));
             match word {
                 "!" => {
@@ -141,8 +155,8 @@ impl Parsed {
                     }
                     parsed.mark = Some((holds, mask));
                 }
-                "--src-type" => parsed.source_is_local = next()? == "LOCAL",
-                "--dst-type" => parsed.destination_is_local = next()? == "LOCAL",
+                "--src-type" => parsed.source_is_local = local(next()?)?,
+                "--dst-type" => parsed.destination_is_local = local(next()?)?,
                 "--probability" => {
                     let value = next()?;
                     let chance = value.parse().map_err(|_| format!("chance {value}"))?;
@@ -191,6 +205,35 @@ impl Parsed {
             }
             holds = true;
         }
-        Ok(parsed)
+        match holds {
+            true => Ok(parsed),
+            false => Err("! before nothing".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_negated_or_asked_otherwise_than_in_our_rules_is_not_read() {
+        for rule in [
+            "-m addrtype --dst-type BROADCAST -j DROP",
+            "-m addrtype --src-type UNICAST -j DROP",
+            "-m addrtype ! --dst-type LOCAL -j IP-MASQ",
+            "! -p tcp -j DROP",
+            "-p tcp -m tcp ! --dport 80 -j DROP",
+            "-m set ! --match-set friends src -j DROP",
+            "-m recent ! --rcheck --name list -j DROP",
+            "-j DROP !",
+        ] {
+            let read = Parsed::new(rule);
+            assert!(read.is_err(), "{rule}: {read:?}");
+        }
+        let source: IpNet = "10.0.0.0/8".parse().unwrap();
+        let read = Parsed::new("! -s 10.0.0.0/8 -m addrtype --dst-type LOCAL -j DROP").unwrap();
+        assert_eq!(read.source, Some((false, source)));
+        assert!(read.destination_is_local && !read.source_is_local);
     }
 }
