@@ -105,8 +105,9 @@ pub fn start(
         layer.run(&feed.inbox, compile, |backend, status| {
             told.tell(backend.left_out(), &metrics);
             beside.tend(backend, status);
-            // What was noted before another proxy took the node is no longer true.
-            if status.last_error.is_none() && !beside.is_observing() {
+            // While a source lacks something the rules keep what they had; what was noted before another proxy took the node is
+            // no longer true.
+            if status.is_serving && status.last_error.is_none() && !beside.is_observing() {
                 flows.borrow_mut().clean();
             }
             backend.tables_mut().has_changed()

@@ -6,9 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use proxy_tests::{
-    scenario::{SOON, UDP, each_family, passes},
+    Pod, Scenario, Service,
+    scenario::{SOON, UDP, UDP_TARGET, each_family, passes},
     wait_for,
 };
 
@@ -61,8 +62,8 @@ fn a_client_outside_follows_a_replaced_endpoint() {
     each_family("udp-outside", |s| {
         let outsider = s.topology.outsider()?.peer()?;
         let dns = || {
-            proxy_tests::Service::new("dns", &[s.vip(1)])
-                .port("dns", "UDP", UDP, 5353)
+            Service::new("dns", &[s.vip(1)])
+                .port("dns", "UDP", UDP, UDP_TARGET)
                 .node_port(NODE_PORT)
         };
         let to = SocketAddr::from((s.a.address(s.v6), NODE_PORT));
@@ -84,6 +85,51 @@ fn a_client_outside_follows_a_replaced_endpoint() {
             .wait_metric("proxy_agent_conntrack_flows_deleted_total", "", |deleted| {
                 deleted >= 3.0
             })
+    });
+}
+
+/// The rules keep an endpoint that no file names yet, and so do its flows.
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_client_outside_keeps_its_flow_while_a_broken_file_hides_its_endpoint() {
+    const NODE_PORT: u16 = 30_053;
+    each_family("udp-broken-start", |s| {
+        let outsider = s.topology.outsider()?.peer()?;
+        let to = SocketAddr::from((s.a.address(s.v6), NODE_PORT));
+        let socket = outsider.open_udp_for(to)?;
+        let write = |s: &Scenario, pod: &Pod| {
+            let dns = Service::new("dns", &[s.vip(1)])
+                .port("dns", "UDP", UDP, UDP_TARGET)
+                .node_port(NODE_PORT)
+                .endpoint(s.endpoint(pod));
+            let [service, slice] = &dns.objects()[..] else {
+                bail!("not one slice: {dns:?}");
+            };
+            s.manifests.write("service.yaml", &service.to_string())?;
+            s.manifests.write("slice.yaml", &slice.to_string())?;
+            s.settle_packets()
+        };
+        write(s, &s.near)?;
+        ensure!(socket.ask_to(to)?.0 == "near");
+        s.agent.kill9()?;
+        s.manifests.write("slice.yaml", "kind: [")?;
+        s.agent.spawn()?;
+        s.agent.wait_log("slice.yaml")?;
+        // What the first sync would have forgotten, it has when the second one is over.
+        for _ in 0..2 {
+            s.settle_packets()?;
+        }
+        ensure!(socket.ask_to(to)?.0 == "near");
+        write(s, &s.far)?;
+        wait_for("the flow is forgotten", SOON, || {
+            ensure!(socket.ask_to(to)?.0 == "far");
+            Ok(())
+        })?;
+        let deleted = s
+            .agent
+            .metric("proxy_agent_conntrack_flows_deleted_total", "")?;
+        ensure!(deleted == 1.0, "{deleted} flows were forgotten");
+        Ok(())
     });
 }
 
