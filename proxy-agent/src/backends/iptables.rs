@@ -263,6 +263,8 @@ impl<T: Tables> Backend for IptablesBackend<T> {
                     .extend(referenced.map(|chain| (family, table, chain)));
             }
         }
+        // What the tool refuses to replace is as a former proxy wrote it.
+        of_rivals.rules &= self.left_out.is_empty();
         self.of_rivals = of_rivals;
         Ok(found)
     }

@@ -1,5 +1,7 @@
 //! What a kube-proxy left is observed state like any other.
 
+use std::{sync::Arc, time::Duration};
+
 use super::*;
 
 /// In the words of kube-proxy's proxier.go as iptables-save prints them: a Service with two endpoints, of which one remembers
@@ -195,4 +197,36 @@ fn beside_a_kube_proxy_a_clean_up_takes_our_helpers_alone() {
     {
         assert_eq!(backend.tables().tables[&table], chains);
     }
+}
+
+#[test]
+fn what_cannot_be_replaced_of_a_former_proxys_rules_is_no_sign_of_another_one() {
+    let state = of(&[&web()]);
+    let mut tables = left_behind();
+    let nat = tables.tables.get_mut(&(Family::V4, Table::Nat)).unwrap();
+    nat.remove("KUBE-PROXY-CANARY");
+    let rivals = Rivals::new(Duration::from_secs(45), Arc::default());
+    let mut backend = IptablesBackend::new(tables, rules()).beside(rivals);
+    let refused = "-A KUBE-SVC-CDGGSHYLG3RE2FKL -m statistic";
+    let round = |backend: &mut IptablesBackend<Simulated>| {
+        let observed = backend.observe().unwrap();
+        let plan = backend.plan(&observed, &state, Bounds::default());
+        backend.apply(&plan, &state).unwrap();
+        backend.rivals_cleared();
+    };
+    backend.tables_mut().refuses = vec![refused.to_owned()];
+    round(&mut backend);
+    assert_eq!(backend.left_out().len(), 1);
+    backend.observe().unwrap();
+    assert!(!backend.yields());
+    // Once it is replaced, such rules are somebody's again.
+    backend.tables_mut().refuses.clear();
+    round(&mut backend);
+    assert_eq!(backend.left_out().len(), 0);
+    let theirs = "*nat\n:KUBE-SVC-AAAAAAAAAAAAAAAA - [0:0]\n\
+        -A KUBE-SVC-AAAAAAAAAAAAAAAA -m comment --comment \"default/gone -> 10.244.1.9:8080\" -j RETURN\nCOMMIT\n";
+    let tables = backend.tables_mut();
+    tables.restore(Family::V4, Table::Nat, theirs).unwrap();
+    backend.observe().unwrap();
+    assert!(backend.yields());
 }
