@@ -90,9 +90,11 @@ impl HostFiles<'_> {
         }
     }
 
-    /// The hash table is the whole machine's, so only who may set the limit, which is too, makes it larger.
+    /// 0 is no limit. The hash table is the whole machine's, so only who may set the limit, which is too, makes it larger.
     fn limit(&mut self, entries: u64) {
-        if self.raise(&sysctl("nf_conntrack_max"), entries) == Raised::Now {
+        let file = sysctl("nf_conntrack_max");
+        let is_limited = read_number(&self.root.join(&file)).ok() != Some(0);
+        if is_limited && self.raise(&file, entries) == Raised::Now {
             self.raise(HASH_SIZE, entries / ENTRIES_PER_BUCKET);
         }
     }

@@ -166,3 +166,16 @@ fn a_network_namespace_has_its_own_timeouts_and_not_its_own_limit() {
     let after = fs::read_to_string(format!("/{HASH_SIZE}")).unwrap();
     assert_eq!(after, hash_size);
 }
+
+#[test]
+fn a_limit_that_an_administrator_took_away_stays_away() {
+    let (host, metrics) = (host(), Metrics::default());
+    let limit = host.path().join("proc/sys/net/netfilter/nf_conntrack_max");
+    fs::write(&limit, "0\n").unwrap();
+    apply(&settings(""), host.path(), &metrics);
+    let made = values(host.path());
+    assert_eq!(
+        (made["max"].as_str(), made["hashsize"].as_str()),
+        ("0", "16384")
+    );
+}
