@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
@@ -32,10 +32,10 @@ use crate::{
 /// Where a kube-proxy answers unless it is told otherwise.
 const KUBE_PROXY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 const ASK_EVERY: Duration = Duration::from_secs(1);
-/// Longest wait for an answer from this machine.
+/// Longest wait for a connection to this machine, and for a whole answer.
 const TIMEOUT: Duration = Duration::from_secs(1);
 /// More than any answer to `/proxyMode` has, bytes.
-const ANSWER_BYTES: u64 = 4096;
+const ANSWER_BYTES: usize = 4096;
 
 /// Begins to look out for other proxies: at kube-proxy's port and at `own`, which may be taken by one. One that gives no
 /// sign for `patience` is gone. The first answer is in when this returns.
@@ -88,12 +88,23 @@ fn foreign_mode(address: SocketAddr) -> Option<String> {
 
 fn ask(address: SocketAddr) -> io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     write!(stream, "GET /proxyMode HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.take(ANSWER_BYTES).read_to_string(&mut answer)?;
-    Ok(answer)
+    let end = Instant::now() + TIMEOUT;
+    let mut answer = [0; ANSWER_BYTES];
+    let mut length = 0;
+    while length < ANSWER_BYTES {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut answer[length..])? {
+            0 => break,
+            read => length += read,
+        }
+    }
+    Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
 }
 
 /// The one word that a proxy answers, unless it is an agent of our kind.
@@ -281,6 +292,24 @@ mod tests {
         });
         drop(listener);
         assert_eq!(foreign_mode(address), None);
+    }
+
+    #[test]
+    fn a_server_that_talks_without_end_is_waited_for_no_longer_than_one_that_is_silent() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                // Until nobody listens.
+                while stream.write_all(&[b'x'; 64]).is_ok() {
+                    thread::sleep(TIMEOUT / 20);
+                }
+            });
+            let start = Instant::now();
+            assert_eq!(foreign_mode(address), None);
+            assert!(start.elapsed() < 2 * TIMEOUT, "{:?}", start.elapsed());
+        });
     }
 
     #[test]
