@@ -1,8 +1,11 @@
 //! Answers from the kernel's state: `dump`, `explain`, `check`, `plan`, `cleanup`. Only the last one changes anything.
 
-use std::{collections::BTreeSet, io, path::Path, process::ExitCode};
+use std::{collections::BTreeSet, io, net::IpAddr, path::Path, process::ExitCode};
 
-use proxy_ebpf::{abi::Addr, lb::Tables as _};
+use proxy_ebpf::{
+    abi::{Addr, MemberWord},
+    lb::Tables as _,
+};
 
 use crate::{
     backends::{
@@ -38,13 +41,15 @@ pub mod print;
 pub mod processes;
 pub mod read;
 pub mod rehearse;
+pub mod routes;
 pub mod rules;
 
-use client::Client;
+use client::{Client, Presence};
 use contents::Contents;
 use explain::Explanation;
 use print::{Report, print, render};
 use processes::Standing;
+use routes::{Whereabouts, whereabouts};
 
 /// Why a question could not be answered.
 #[derive(Debug, thiserror::Error)]
@@ -132,11 +137,15 @@ pub fn explain(global: &cli::Global, args: &cli::Explain) -> Result<ExitCode, Er
     let (client, answer) = match &maps {
         Some(maps) => by_maps(global, maps, args)?,
         None => {
-            let own = own_addresses().into_iter().flatten();
-            let own: BTreeSet<Addr> = own.map(Addr::from).collect();
+            let own: BTreeSet<IpAddr> = own_addresses().into_iter().flatten().collect();
             let cookie = daemon::namespaces::own_cookie().unwrap_or_default();
-            let is_own = |address: &Addr| own.contains(address);
-            let client = client::find(&args.client, cookie, is_own, |_| true);
+            let client = client::find(
+                &args.client,
+                cookie,
+                |address| own.contains(&IpAddr::from(*address)),
+                |address| whereabouts(address, &own),
+                |_| Presence::Unseen,
+            );
             let answer = Explanation::left("there is no socket layer on this node");
             (client.map_err(Error::Client)?, answer)
         }
@@ -163,12 +172,18 @@ fn by_maps(
 ) -> Result<(Client, Explanation), Error> {
     let (mount, served) = (cgroup_root()?, daemon::place::cgroup(global)?);
     let excluded = maps.opt_out()?;
+    let own = own_addresses().into_iter().flatten().collect();
     let standing = |namespace: &Path| processes::standing(namespace, &mount, &served, &excluded);
     let client = client::find(
         &args.client,
         maps.meta().netns_cookie,
         |address| maps.node_address(address).is_some(),
-        |namespace| standing(namespace) != Standing::Elsewhere,
+        |address| of_endpoint(maps, address).unwrap_or_else(|| whereabouts(address, &own)),
+        |namespace| match standing(namespace) {
+            Standing::Elsewhere => Presence::Elsewhere,
+            Standing::Unseen => Presence::Unseen,
+            Standing::Served | Standing::Excluded | Standing::PartlyExcluded => Presence::Here,
+        },
     );
     let client = client.map_err(Error::Client)?;
     let namespace = client.namespace.as_deref();
@@ -190,6 +205,22 @@ fn by_maps(
         answer = answer.but("its processes in excluded cgroups are left to the packet layer");
     }
     Ok((client, answer))
+}
+
+/// Where an address is that endpoints have, if any has it.
+fn of_endpoint(maps: &PinnedMaps, address: IpAddr) -> Option<Whereabouts> {
+    let address = Addr::from(address);
+    let members = (0..maps.capacity().members).filter_map(|index| maps.member(index));
+    let mut bits = members
+        .filter(|member| member.addr == address)
+        .map(|member| member.word.bits())
+        .filter(|bits| *bits != 0);
+    let first = bits.next()?;
+    let is_here = |bits| bits & MemberWord::ON_THIS_NODE != 0;
+    Some(match is_here(first) || bits.any(is_here) {
+        true => Whereabouts::Inside,
+        false => Whereabouts::Outside,
+    })
 }
 
 /// `check`.

@@ -8,6 +8,7 @@ use std::{
 
 use proxy_ebpf::abi::Addr;
 
+use super::routes::Whereabouts;
 use crate::{
     backends::own_addresses,
     daemon::namespaces::{self, NAMED},
@@ -28,12 +29,23 @@ pub struct Client {
     pub address: Option<IpAddr>,
     /// Its network namespace, when that was found; none for the node's own.
     pub namespace: Option<PathBuf>,
-    /// It is named by an address that no network namespace of this node has.
+    /// It is named by an address that nothing on this node has.
     pub is_outside: bool,
 }
 
-/// Finds the client that `text` names; `node_cookie` is the netns cookie of META. Of several network namespaces with one
-/// address (nodes in containers), one that `is_here` is meant.
+/// How likely it is that a network namespace is on this node, and not on another one in containers of the same machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Presence {
+    /// Its processes are elsewhere.
+    Elsewhere,
+    /// Nothing is seen of it.
+    Unseen,
+    /// It has processes here.
+    Here,
+}
+
+/// Finds the client that `text` names; `node_cookie` is the netns cookie of META. `whereabouts` says where an address is. Of
+/// several network namespaces with one address (nodes in containers) the likeliest is meant.
 ///
 /// # Errors
 /// A sentence: there is no such client.
@@ -41,7 +53,8 @@ pub fn find(
     text: &str,
     node_cookie: u64,
     is_node_address: impl Fn(&Addr) -> bool,
-    is_here: impl Fn(&Path) -> bool,
+    whereabouts: impl FnOnce(IpAddr) -> Whereabouts,
+    presence: impl Fn(&Path) -> Presence,
 ) -> Result<Client, String> {
     let client = |cookie: Option<u64>| Client {
         name: text.to_owned(),
@@ -64,7 +77,13 @@ pub fn find(
         if address.is_loopback() || is_node_address(&Addr::from(address)) {
             return Ok(named(Some(node_cookie)));
         }
-        return Ok(match namespace_with(address, is_here) {
+        // Where the way to it leads out as well, only what is seen here is here.
+        let owner = match whereabouts(address) {
+            Whereabouts::Inside => namespace_with(address, Presence::Elsewhere, presence),
+            Whereabouts::Unclear => namespace_with(address, Presence::Here, presence),
+            Whereabouts::Outside => Owner::Nobody,
+        };
+        return Ok(match owner {
             Owner::Namespace(path, cookie) => Client {
                 namespace: Some(path),
                 ..named(cookie)
@@ -110,27 +129,30 @@ enum Owner {
     Unknown,
 }
 
-fn namespace_with(address: IpAddr, is_here: impl Fn(&Path) -> bool) -> Owner {
+/// The likeliest of those that have an address, and are as likely as `least` at least.
+fn namespace_with(address: IpAddr, least: Presence, presence: impl Fn(&Path) -> Presence) -> Owner {
     let paths = namespaces::all();
-    let mut found = Owner::Nobody;
     let owners = namespaces::visit(&paths, || {
         let has = own_addresses()?.any(|own| own == address);
         Ok(has.then(|| namespaces::own_cookie().ok()))
     });
-    for (path, owner) in paths.into_iter().zip(owners) {
-        match owner {
-            Ok(Some(cookie)) if is_here(&path) => return Owner::Namespace(path, cookie),
-            Ok(Some(cookie)) => found = Owner::Namespace(path, cookie),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                if matches!(found, Owner::Nobody) {
-                    found = Owner::Unknown;
-                }
-            }
-            // Gone, or without it.
-            Ok(None) | Err(_) => {}
-        }
-    }
-    found
+    let is_denied = |owner: &io::Result<_>| {
+        let error = owner.as_ref().err();
+        error.is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+    };
+    let nobody = match owners.iter().any(is_denied) {
+        true => Owner::Unknown,
+        false => Owner::Nobody,
+    };
+    let with_it = paths.into_iter().zip(owners).filter_map(|(path, owner)| {
+        // Others are gone, or without it.
+        let cookie = owner.ok().flatten()?;
+        Some((presence(&path), path, cookie))
+    });
+    let likely = with_it.filter(|(presence, ..)| *presence >= least);
+    likely
+        .max_by_key(|(presence, ..)| *presence)
+        .map_or(nobody, |(_, path, cookie)| Owner::Namespace(path, cookie))
 }
 
 fn namespace_of(cookie: u64) -> Option<PathBuf> {

@@ -25,7 +25,7 @@ pub fn why(
             Some("with --masquerade-all a pod's sockets are left alone")
         }
         Standing::Excluded => Some("the client's cgroups are excluded (--socket-exclude-cgroup)"),
-        Standing::Served | Standing::PartlyExcluded => None,
+        Standing::Served | Standing::Unseen | Standing::PartlyExcluded => None,
     }
 }
 

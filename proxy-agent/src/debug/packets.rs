@@ -6,15 +6,9 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use futures_util::TryStreamExt as _;
-use nix::net::if_::if_indextoname;
-use rtnetlink::{
-    RouteMessageBuilder, new_connection,
-    packet_route::route::{RouteAddress, RouteAttribute},
-};
 use serde::Serialize;
 
-use super::{Error, client::Client, explain::Found};
+use super::{Error, client::Client, explain::Found, routes::route_to};
 use crate::{
     backends::{
         iptables::{
@@ -127,46 +121,6 @@ fn source(client: &Client, to: IpAddr, own: &BTreeSet<IpAddr>) -> Result<IpAddr,
             "{name} has no {family} address to reach {to} from: give one that it has"
         ))
     })
-}
-
-/// The way to an address: the name of the interface, and the source address that the kernel would take.
-#[derive(Debug, Default)]
-struct Route {
-    interface: Option<String>,
-    source: Option<IpAddr>,
-}
-
-/// Asks the kernel; nothing where there is no way.
-fn route_to(address: IpAddr) -> Option<Route> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .ok()?;
-    let bits = if address.is_ipv4() { 32 } else { 128 };
-    let message = RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(address, bits)
-        .ok()?
-        .build();
-    let answer = runtime.block_on(async {
-        let (connection, handle, _) = new_connection().ok()?;
-        let connection = tokio::spawn(connection);
-        let route = handle.route().get(message).execute().try_next().await;
-        connection.abort();
-        route.ok()?
-    })?;
-    let mut route = Route::default();
-    for attribute in answer.attributes {
-        match attribute {
-            RouteAttribute::Oif(index) => {
-                let name = if_indextoname(index).ok();
-                route.interface = name.and_then(|name| name.into_string().ok());
-            }
-            RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => route.source = Some(v4.into()),
-            RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => route.source = Some(v6.into()),
-            _ => {}
-        }
-    }
-    Some(route)
 }
 
 fn followed(

@@ -10,8 +10,10 @@ use std::{
 /// How the processes of a network namespace stand to the socket layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// It serves them; so it is with a namespace in which no process is seen.
+    /// It serves them.
     Served,
+    /// No process is seen there. It would serve one of a pod.
+    Unseen,
     /// All are in excluded cgroups.
     Excluded,
     /// Some are in excluded cgroups.
@@ -43,7 +45,7 @@ pub fn standing(
         .collect();
     let left = here.iter().copied().filter(is_excluded).count();
     match (cgroups.len(), here.len()) {
-        (0, _) => Standing::Served,
+        (0, _) => Standing::Unseen,
         (_, 0) => Standing::Elsewhere,
         (_, here) if left == here => Standing::Excluded,
         _ if left > 0 => Standing::PartlyExcluded,
@@ -89,6 +91,6 @@ mod tests {
         assert_eq!(ask(&mount.join("no-such-cgroup"), &[]), Standing::Elsewhere);
         let nobody = Path::new("/proc/self/ns/no-such-namespace");
         let none = BTreeSet::new();
-        assert_eq!(standing(nobody, &mount, &mount, &none), Standing::Served);
+        assert_eq!(standing(nobody, &mount, &mount, &none), Standing::Unseen);
     }
 }

@@ -255,13 +255,19 @@ fn explain_follows_packets_of_whom_the_socket_layer_leaves_alone() {
     let args = ["--socket-exclude-cgroup", "pod-cl*"];
     each_family_with("explain-left", &args, |s| {
         let outsider = s.topology.outsider()?;
-        // A process each, by which their cgroups are seen.
-        let _peers = (outsider.peer()?, s.client.peer()?);
         let web = s.service("web", 1);
         let [near, far] = [&s.near, &s.far].map(|pod| s.endpoint(pod));
         s.apply(&web.endpoint(near).endpoint(far))?;
         s.settle_packets()?;
         let vip = (s.vip(1), TCP).into();
+        // Neighbours of the node, of which no process is seen, and an endpoint of another node.
+        for client in [&outsider, &s.far] {
+            let why = explain(s, &client.address(s.v6).to_string(), vip)?;
+            let reason = why["reason"].to_string();
+            ensure!(reason.contains("no socket of this node"), "{why}");
+        }
+        // A process each, by which their cgroups are seen.
+        let _peers = (outsider.peer()?, s.client.peer()?);
         for (client, reason) in [(&s.client, "excluded"), (&outsider, "cgroup")] {
             // By name: other clusters of this machine have the same addresses.
             let name = client.place().netns.file_name().context("no name")?;
