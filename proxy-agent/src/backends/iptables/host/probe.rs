@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc, thread};
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::{AddressSet, Features, Host, Owner, Table, Tables, accounts};
+use super::{AddressSet, Features, Host, Owner, RestoreError, Table, Tables, accounts};
 use crate::{
     backends::{Error, iptables::names::INVALID_DROPPED},
     state::Family,
@@ -13,26 +13,26 @@ use crate::{
 /// `MASQUERADE --random-fully` came with this version of the tools, and with Linux 3.13.
 const RANDOM_FULLY: [u32; 3] = [1, 6, 2];
 
-/// Tries.
-///
-/// # Errors
-/// What was made for the trial cannot be removed.
-pub fn features(host: &mut Host) -> Result<Features, Error> {
-    Ok(Features {
+/// Tries. While somebody keeps the tables nothing can be tried: then there is what session affinity needs, and no counters.
+/// Rules that are refused are told and tried again; affinity that is not asked for would be missing until the next start.
+pub fn features(host: &mut Host) -> Features {
+    const RECENT: &str = "-m recent --rcheck --seconds 1 --reap --name KUBE-SEP-TRIAL --mask 255.255.255.255 --rsource -j RETURN";
+    let ipset = has_sets(host);
+    // One wait for the tables is enough.
+    let recent = ipset.and_then(|_| takes(host, RECENT));
+    let nfacct = recent.and_then(|_| has_accounts(host));
+    Features {
         random_fully: numbers(host.version()) >= RANDOM_FULLY,
-        ipset: has_sets(host)?,
-        recent: takes(
-            host,
-            "-m recent --rcheck --seconds 1 --reap --name KUBE-SEP-TRIAL --mask 255.255.255.255 --rsource -j RETURN",
-        )?,
-        nfacct: has_accounts(host)?,
-    })
+        ipset: ipset.unwrap_or(true),
+        recent: recent.unwrap_or(true),
+        nfacct: nfacct.unwrap_or(false),
+    }
 }
 
 /// As [`features`], in a new network namespace, on a thread of its own: the tables of this one are not written.
 ///
 /// # Errors
-/// As for [`features`]; no namespace to be had.
+/// No namespace to be had.
 pub fn features_elsewhere(host: &Host) -> Result<Features, Error> {
     let work = || {
         unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Error::Kernel {
@@ -45,7 +45,7 @@ pub fn features_elsewhere(host: &Host) -> Result<Features, Error> {
             owner: Some(Arc::new(Owner::take()?)),
             ..host.clone()
         };
-        features(&mut trial)
+        Ok(features(&mut trial))
     };
     thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|_| {
         let ended = "trying out iptables ended early: this is a bug";
@@ -59,17 +59,17 @@ fn numbers(version: &str) -> [u32; 3] {
 }
 
 /// Whether a rule can add to a packet counter. Makes kube-proxy's.
-fn has_accounts(host: &mut Host) -> Result<bool, Error> {
+fn has_accounts(host: &mut Host) -> Option<bool> {
     if let Err(error) = accounts::create() {
         tracing::debug!(%error, "no packet counters");
-        return Ok(false);
+        return Some(false);
     }
-    let name = INVALID_DROPPED;
-    takes(host, &format!("-m nfacct --nfacct-name {name} -j RETURN"))
+    let rule = format!("-m nfacct --nfacct-name {INVALID_DROPPED} -j RETURN");
+    takes(host, &rule)
 }
 
 /// Whether a rule can look into an address set and add to it.
-fn has_sets(host: &mut Host) -> Result<bool, Error> {
+fn has_sets(host: &mut Host) -> Option<bool> {
     let name = format!("KUBE-SEP-TRIAL{}", std::process::id());
     let sets = BTreeSet::from([AddressSet {
         name: name.clone(),
@@ -78,28 +78,38 @@ fn has_sets(host: &mut Host) -> Result<bool, Error> {
     }]);
     if let Err(error) = host.create_sets(&sets) {
         tracing::debug!(%error, "no address sets");
-        return Ok(false);
+        return Some(false);
     }
     let rule =
         format!("-m set --match-set {name} src -j SET --add-set {name} src --exist --timeout 1");
-    let taken = takes(host, &rule)?;
-    host.destroy_sets(&sets)?;
-    Ok(taken)
+    let is_taken = takes(host, &rule);
+    if let Err(error) = host.destroy_sets(&sets) {
+        tracing::debug!(%error, "the set of a trial goes with the first sync");
+    }
+    is_taken
 }
 
-/// Whether the tables take a rule, tried in a chain that leads nowhere. Its name is one that an agent, and kube-proxy, removes
-/// when the trial is cut short.
-fn takes(host: &mut Host, rule: &str) -> Result<bool, Error> {
+/// Whether the tables take a rule, tried in a chain that leads nowhere; none if somebody else keeps them. Its name is one that
+/// an agent, and kube-proxy, removes when the trial is cut short.
+fn takes(host: &mut Host, rule: &str) -> Option<bool> {
     let chain = format!("KUBE-SVC-TRIAL{}", std::process::id());
     let text = format!("*nat\n:{chain} - [0:0]\n-A {chain} {rule}\nCOMMIT\n");
-    if let Err(error) = host.restore(Family::V4, Table::Nat, &text) {
-        tracing::debug!(%error, rule, "the tables do not take it");
-        return Ok(false);
+    match host.restore(Family::V4, Table::Nat, &text) {
+        Ok(()) => {}
+        Err(error @ RestoreError::Refused { .. }) => {
+            tracing::debug!(%error, rule, "the tables do not take it");
+            return Some(false);
+        }
+        Err(RestoreError::Failed(error)) => {
+            tracing::warn!(%error, rule, "cannot try whether the tables take it");
+            return None;
+        }
     }
     let undo = format!("*nat\n-F {chain}\n-X {chain}\nCOMMIT\n");
-    host.restore(Family::V4, Table::Nat, &undo)
-        .map_err(|error| Error::Unusable(error.to_string()))?;
-    Ok(true)
+    if let Err(error) = host.restore(Family::V4, Table::Nat, &undo) {
+        tracing::debug!(%error, "the chain of a trial goes with the first sync");
+    }
+    Some(true)
 }
 
 #[cfg(test)]

@@ -1,8 +1,12 @@
 //! The real tools in network namespaces: each test for both variants.
 
-use std::{fs::File, process::Command};
+use std::{fs::File, path::Path, process::Command};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
 
 use super::*;
 use crate::{
@@ -33,7 +37,7 @@ fn each_variant(test: impl Fn(&mut Host) + Sync) {
         println!("with iptables-{variant}");
         in_namespace(|| {
             let mut host = host(variant);
-            host.features = probe::features(&mut host).expect("a trial");
+            host.features = probe::features(&mut host);
             test(&mut host);
         });
     }
@@ -240,19 +244,50 @@ fn ten_thousand_rules_of_others_stay_as_they_are() {
     });
 }
 
+/// Holds the lock of all legacy tools, as those see it that this thread starts: nobody else waits for it.
+fn hold_lock() -> Flock<File> {
+    const LOCK: &str = "/run/xtables.lock";
+    let own = tempfile::NamedTempFile::new().unwrap();
+    let open = |path: &str| {
+        File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+    };
+    open(LOCK).unwrap();
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let mount = |from: Option<&Path>, to, flags| {
+        mount(from, to, None::<&str>, flags, None::<&str>).unwrap();
+    };
+    mount(None, "/", MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+    mount(Some(own.path()), LOCK, MsFlags::MS_BIND);
+    let held = Flock::lock(open(LOCK).unwrap(), FlockArg::LockExclusive);
+    held.map_err(|(_, errno)| errno).unwrap()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn somebody_who_holds_the_lock_while_an_agent_starts_takes_no_affinity_away() {
+    in_namespace(|| {
+        let mut host = host(Variant::Legacy);
+        let expected = probe::features(&mut host);
+        let held = hold_lock();
+        let found = probe::features(&mut host);
+        drop(held);
+        assert!(expected.ipset && expected.recent);
+        assert_eq!((found.ipset, found.recent), (true, true));
+        // The set of the trial is gone.
+        assert_eq!(host.sets().unwrap(), BTreeSet::new());
+    });
+}
+
 #[test]
 #[ignore = "needs root"]
 fn the_holder_of_the_lock_is_named() {
-    let lock = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open("/run/xtables.lock")
-        .unwrap();
     in_namespace(|| {
         let mut host = host(Variant::Legacy);
-        let held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno);
-        let held = held.unwrap();
+        let held = hold_lock();
         let text = "*nat\n:KUBE-SVC-A - [0:0]\nCOMMIT\n";
         let error = host.restore(Family::V4, Table::Nat, text).unwrap_err();
         let own = format!("process {}", std::process::id());
