@@ -218,6 +218,17 @@ impl Scenario {
         self.wait_idle()
     }
 
+    /// Waits until the rules hold everything that the files said when this was called; for agents without maps to ask, too.
+    ///
+    /// # Errors
+    /// They did not get there.
+    pub fn settle_rules(&self) -> anyhow::Result<()> {
+        let port = self.marker.put(&self.manifests, self.vip(250))?;
+        self.wait_rules(&format!(
+            r#""{MARKER} has no endpoints" -m tcp --dport {port} "#
+        ))
+    }
+
     /// Waits until no layer has anything left to write.
     ///
     /// # Errors
@@ -283,6 +294,9 @@ impl Scenario {
     }
 }
 
+/// What [`Marker`] is called.
+const MARKER: &str = "default/marker:marker";
+
 /// A Service with another port each time, by which an agent is seen to have read what was written before it.
 #[derive(Debug, Default)]
 pub struct Marker(Cell<u16>);
@@ -296,20 +310,24 @@ impl Marker {
         // A change is applied before a later one, deletions last: when the second marker is there, the sync with the
         // first one is over.
         for _ in 0..2 {
-            let port = self.0.get() + 1;
-            self.0.set(port);
-            let marker = Service::new("marker", &[Ipv4Addr::new(10, 96, 255, 254).into()])
-                .port("marker", "TCP", port, port);
-            manifests.put(&marker)?;
+            let port = self.put(manifests, Ipv4Addr::new(10, 96, 255, 254).into())?;
             wait_for("the change arrives in the kernel", SOON, || {
                 let services = agent.json(&["dump", "services"])?;
-                let found = find(&services, "default/marker:marker")
+                let found = find(&services, MARKER)
                     .is_some_and(|service| service["frontends"][0]["port"] == port);
                 ensure!(found, "{services}\n{}", agent.log());
                 Ok(())
             })?;
         }
         Ok(())
+    }
+
+    /// Writes it with its next port, which is told.
+    fn put(&self, manifests: &Manifests, vip: IpAddr) -> anyhow::Result<u16> {
+        let port = self.0.get() + 1;
+        self.0.set(port);
+        manifests.put(&Service::new("marker", &[vip]).port("marker", "TCP", port, port))?;
+        Ok(port)
     }
 }
 

@@ -110,7 +110,7 @@ fn matrix(s: &Scenario, setting: Setting) -> anyhow::Result<()> {
     for kind in Kind::ALL {
         s.manifests.put(&service(s, kind))?;
     }
-    settle(s, setting)?;
+    s.settle_rules()?;
     let peers = [s.client.peer()?, s.a.peer()?, outsider.peer()?];
     for (client, peer) in Client::ALL.into_iter().zip(&peers) {
         // The node has several addresses, and each is its own.
@@ -152,16 +152,6 @@ route add 2001:db8::/64 via {v6}
     s.b.ip(&format!(
         "route add {own_v4}/32 via {v4}\nroute add {own_v6}/128 via {v6}\n"
     ))
-}
-
-fn settle(s: &Scenario, setting: Setting) -> anyhow::Result<()> {
-    if setting.ebpf {
-        return s.settle_packets();
-    }
-    // Without maps to ask: what is written last is the last to arrive.
-    let marker = Service::new("marker", &[s.vip(200)]).port("marker", "TCP", 9, 9);
-    s.manifests.put(&marker)?;
-    s.wait_rules(&s.vip(200).to_string())
 }
 
 fn address(s: &Scenario, flow: Flow, port: u16) -> SocketAddr {

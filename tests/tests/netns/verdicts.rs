@@ -181,7 +181,7 @@ fn from_outside_connections_outlive_endpoints_and_datagrams_follow_them() {
             world.check("new ones", 1, [(Client::Outside, *kind, "far")])?;
         }
         world.s.manifests.remove("web-1")?;
-        world.settle()?;
+        world.s.settle_rules()?;
         for (kind, stream, _) in &open {
             let who = ask(stream).with_context(|| format!("{kind:?} without its Service"))?;
             ensure!(who == "near", "{who} by {kind:?}");

@@ -1,7 +1,6 @@
 //! A cluster with a client in each place, and what they are told.
 
 use std::{
-    cell::Cell,
     collections::BTreeSet,
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -10,10 +9,9 @@ use std::{
 
 use anyhow::{Context, ensure};
 use proxy_tests::{
-    Agent, Peer, Pod, Scenario, Service, flannel,
+    Peer, Pod, Scenario, Service, flannel,
     peer::{PATIENCE, Socket},
-    scenario::{OFTEN, SOON, SOURCES, TCP, UDP, UDP_TARGET, in_mode},
-    wait_for,
+    scenario::{OFTEN, SOURCES, TCP, UDP, UDP_TARGET, in_mode},
 };
 use serde_json::json;
 
@@ -24,11 +22,8 @@ const CLIENTS: u16 = 150;
 const NODE_PORT: u16 = 30_100;
 
 pub(super) struct World {
-    pub(super) agent: Agent,
     pub(super) mode: Mode,
     pub(super) outsider: Pod,
-    /// Port of a Service that is written last.
-    marker: Cell<u16>,
     pub(super) s: Scenario,
 }
 
@@ -74,24 +69,23 @@ pub(super) fn each(body: impl Fn(&World) -> anyhow::Result<()>) {
         (Mode::Iptables, true),
     ] {
         let run = || -> anyhow::Result<()> {
-            let (s, outsider) = cluster(v6)?;
-            let agent = agent(&s, mode)?;
-            let world = World {
-                agent,
-                mode,
-                outsider,
-                marker: Cell::new(0),
-                s,
-            };
-            body(&world)
+            let (mut s, outsider) = cluster(v6, mode)?;
+            s.agent.spawn()?;
+            s.agent.wait_ready()?;
+            body(&World { mode, outsider, s })
         };
         run().unwrap_or_else(|error| panic!("{mode:?}, IPv6 {v6}: {error:?}"));
     }
 }
 
-/// A cluster, a machine outside that sends what is for Services through the node, and flannel's rules on both nodes. No agent.
-fn cluster(v6: bool) -> anyhow::Result<(Scenario, Pod)> {
-    let s = Scenario::without_agent("verdicts", v6, &[])?;
+/// A cluster, a machine outside that sends what is for Services through the node, and flannel's rules on both nodes. The
+/// agent is not started.
+fn cluster(v6: bool, mode: Mode) -> anyhow::Result<(Scenario, Pod)> {
+    let mode = match mode {
+        Mode::Ebpf => "ebpf",
+        Mode::Iptables => "iptables",
+    };
+    let s = Scenario::without_agent("verdicts", v6, &in_mode(mode))?;
     s.serve_sources()?;
     for node in [&s.a, &s.b] {
         flannel::make_rules(node)?;
@@ -120,15 +114,6 @@ fn answer_every_packet() -> io::Result<()> {
     })
 }
 
-/// The agent of a mode, ready.
-fn agent(s: &Scenario, mode: Mode) -> anyhow::Result<Agent> {
-    let mode = match mode {
-        Mode::Ebpf => "ebpf",
-        Mode::Iptables => "iptables",
-    };
-    Agent::start(&s.a, &s.manifests, &in_mode(mode))
-}
-
 impl World {
     /// A Service with every kind of address, and without endpoints.
     pub(super) fn service(&self, number: u8) -> Service {
@@ -147,29 +132,7 @@ impl World {
         for service in services {
             self.s.manifests.put(service)?;
         }
-        self.settle()
-    }
-
-    /// Waits until every layer holds what the files say: when a Service that was written later is in the rules.
-    pub(super) fn settle(&self) -> anyhow::Result<()> {
-        let port = self.marker.get() + 1;
-        self.marker.set(port);
-        let marker = Service::new("marker", &[self.s.vip(250)]).port("marker", "TCP", port, port);
-        self.s.manifests.put(&marker)?;
-        let save = ["iptables-save", "ip6tables-save"][usize::from(self.s.v6)];
-        wait_for("the rules are there", SOON, || {
-            let rules = self.s.a.output(save, &["-t", "filter"])?;
-            let mut lines = rules
-                .lines()
-                .filter(|line| line.contains("default/marker:marker"));
-            let is_there = lines.any(|line| line.contains(&format!("--dport {port} ")));
-            ensure!(is_there, "no marker in\n{rules}\n{}", self.agent.log());
-            Ok(())
-        })?;
-        // One table is written before the other.
-        let pending = "proxy_agent_changes_pending";
-        self.agent
-            .wait_metric(pending, "", |pending| pending == 0.0)
+        self.s.settle_rules()
     }
 
     pub(super) fn peer(&self, client: Client) -> anyhow::Result<Peer> {
