@@ -104,6 +104,25 @@ impl Socket {
     }
 }
 
+/// Sends `requests`, of which one has [`ACK`], and waits for its answer; `take` is given each message that comes before.
+///
+/// # Errors
+/// The kernel has no nfnetlink, or the answer is an error.
+pub fn ask(requests: &Requests, mut take: impl FnMut(Message<'_>)) -> io::Result<()> {
+    let socket = Socket::open(None)?;
+    socket.send(requests)?;
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        for message in socket.receive(&mut buffer)? {
+            match message {
+                Message::Answer(0) | Message::Done => return Ok(()),
+                Message::Answer(errno) => return Err(io::Error::from_raw_os_error(errno)),
+                Message::Data { .. } => take(message),
+            }
+        }
+    }
+}
+
 /// A message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message<'a> {
@@ -354,17 +373,13 @@ mod tests {
 
     #[test]
     fn the_kernel_answers_a_request() {
-        let socket = Socket::open(None).unwrap();
         let mut requests = Requests::default();
         // No such subsystem.
         requests.push(kind(200, 0), ACK, 0, |_| {});
-        socket.send(&requests).unwrap();
-        let mut buffer = vec![0; BUFFER_BYTES];
-        let answers: Vec<_> = socket.receive(&mut buffer).unwrap().collect();
+        let error = ask(&requests, |message| panic!("{message:?}")).unwrap_err();
         assert!(
-            matches!(answers[..], [Message::Answer(errno)] if errno != 0),
-            "{answers:?}"
+            error.raw_os_error().is_some_and(|errno| errno > 0),
+            "{error}"
         );
-        assert!(socket.try_receive(&mut buffer).unwrap().is_none());
     }
 }

@@ -84,7 +84,7 @@ fn kernel_counters(bpf_dir: PathBuf) -> Arc<dyn Fn() -> Kernel + Send + Sync> {
     Arc::new(move || {
         // Without a socket layer there are no maps.
         let of_maps = map_counters(&bpf_dir).unwrap_or_default();
-        let packets = |name| accounts::packets(name).ok().flatten();
+        let packets = |name| accounts::packets(name).ok();
         Kernel {
             accounts: Accounts {
                 invalid_dropped: packets(INVALID_DROPPED),

@@ -8,7 +8,7 @@ use std::io;
 use crate::backends::{
     Error,
     iptables::names::{INVALID_DROPPED, LOCALHOST_ACCEPTED},
-    nfnetlink::{ACK, Attributes, BUFFER_BYTES, Message, Requests, Socket, kind},
+    nfnetlink::{ACK, Attributes, Message, Requests, ask, kind},
 };
 
 const ALL: [&str; 2] = [INVALID_DROPPED, LOCALHOST_ACCEPTED];
@@ -29,11 +29,8 @@ const PACKETS: u16 = 2;
 /// The kernel has no such counters, or refuses.
 pub fn create() -> io::Result<()> {
     for name in ALL {
-        match ask(NEW, ACK, name, |_| None)? {
-            // One of that name is there.
-            Err(libc::EBUSY | libc::EEXIST) | Ok(()) => {}
-            Err(errno) => return Err(io::Error::from_raw_os_error(errno)),
-        }
+        // One of that name is there.
+        unless(&[libc::EBUSY, libc::EEXIST], request(NEW, name, |_| {}))?;
     }
     Ok(())
 }
@@ -44,65 +41,52 @@ pub fn create() -> io::Result<()> {
 /// The kernel refuses.
 pub fn remove() -> Result<(), Error> {
     for name in ALL {
-        let failed = |cause| Error::Kernel {
+        // Not there, or used by the rules of another proxy; the last one is from a kernel without such counters.
+        let spared = [libc::ENOENT, libc::EBUSY, libc::EINVAL];
+        unless(&spared, request(DELETE, name, |_| {})).map_err(|cause| Error::Kernel {
             action: "remove",
             object: format!("packet counter {name}"),
             cause,
             hint: "",
-        };
-        match ask(DELETE, ACK, name, |_| None).map_err(failed)? {
-            // Not there, or used by the rules of another proxy; the last one is from a kernel without such counters.
-            Err(libc::ENOENT | libc::EBUSY | libc::EINVAL) | Ok(()) => {}
-            Err(errno) => return Err(failed(io::Error::from_raw_os_error(errno))),
-        }
+        })?;
     }
     Ok(())
 }
 
-/// What the counter called `name` has counted; none where there is no such counter.
+/// What the counter called `name` has counted.
 ///
 /// # Errors
-/// The kernel cannot be asked.
-pub fn packets(name: &str) -> io::Result<Option<u64>> {
+/// There is no such counter, or the kernel cannot be asked.
+pub fn packets(name: &str) -> io::Result<u64> {
     let mut found = None;
-    let read = |attributes: Attributes<'_>| {
-        let bytes = attributes.find(PACKETS)?.first_chunk::<8>()?;
-        Some(u64::from_be_bytes(*bytes))
-    };
-    let answer = ask(GET, 0, name, |attributes| {
-        found = read(attributes);
-        Some(())
+    request(GET, name, |attributes| {
+        let bytes = attributes
+            .find(PACKETS)
+            .and_then(|value| value.first_chunk());
+        found = bytes.map(|bytes| u64::from_be_bytes(*bytes));
     })?;
-    Ok(answer.ok().and(found))
+    found.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
-/// Sends one request, and takes its one answer: an errno, or what `take` makes of the data.
-fn ask(
-    what: u16,
-    flags: u16,
-    name: &str,
-    mut take: impl FnMut(Attributes<'_>) -> Option<()>,
-) -> io::Result<Result<(), i32>> {
-    let socket = Socket::open(None)?;
+/// Sends a request about the counter called `name`; `take` is given what is told of it.
+fn request(what: u16, name: &str, mut take: impl FnMut(Attributes<'_>)) -> io::Result<()> {
     let mut requests = Requests::default();
-    requests.push(what, flags, 0, |writer| {
+    requests.push(what, ACK, 0, |writer| {
         writer.put(NAME, &[name.as_bytes(), b"\0"].concat());
     });
-    socket.send(&requests)?;
-    let mut buffer = vec![0; BUFFER_BYTES];
-    for message in socket.receive(&mut buffer)? {
-        match message {
-            Message::Answer(0) => return Ok(Ok(())),
-            Message::Answer(errno) => return Ok(Err(errno)),
-            Message::Data { attributes, .. } => {
-                if take(attributes).is_some() {
-                    return Ok(Ok(()));
-                }
-            }
-            Message::Done => {}
+    ask(&requests, |message| {
+        if let Message::Data { attributes, .. } = message {
+            take(attributes);
         }
-    }
-    Err(io::Error::other("no answer about a packet counter"))
+    })
+}
+
+/// An error that is one of `spared` is none.
+fn unless(spared: &[i32], result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| match error.raw_os_error() {
+        Some(errno) if spared.contains(&errno) => Ok(()),
+        _ => Err(error),
+    })
 }
 
 #[cfg(test)]
@@ -114,14 +98,14 @@ mod tests {
     #[ignore = "needs root"]
     fn counters_are_made_once_read_and_removed() {
         in_namespace(|| {
-            assert_eq!(packets(INVALID_DROPPED).unwrap(), None);
+            assert!(packets(INVALID_DROPPED).is_err());
             create().unwrap();
             create().unwrap();
-            assert_eq!(packets(INVALID_DROPPED).unwrap(), Some(0));
-            assert_eq!(packets(LOCALHOST_ACCEPTED).unwrap(), Some(0));
+            assert_eq!(packets(INVALID_DROPPED).unwrap(), 0);
+            assert_eq!(packets(LOCALHOST_ACCEPTED).unwrap(), 0);
             remove().unwrap();
             remove().unwrap();
-            assert_eq!(packets(LOCALHOST_ACCEPTED).unwrap(), None);
+            assert!(packets(LOCALHOST_ACCEPTED).is_err());
         });
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::backends::nfnetlink::{ACK, BUFFER_BYTES, Message, Requests, Socket, Writer, kind};
+use crate::backends::nfnetlink::{ACK, Requests, Writer, ask, kind};
 
 /// `NFNL_SUBSYS_NFTABLES`.
 const SUBSYSTEM: u8 = 10;
@@ -51,7 +51,7 @@ pub fn remove() -> io::Result<bool> {
             requests.transaction(SUBSYSTEM, |requests| {
                 requests.push(DELTABLE, ACK, family, name);
             });
-            answer(&requests)?;
+            ask(&requests, |_| {})?;
             was_there = true;
         }
     }
@@ -62,7 +62,7 @@ pub fn remove() -> io::Result<bool> {
 fn has(kind: u16, family: u8, fill: impl FnOnce(&mut Writer<'_>)) -> io::Result<bool> {
     let mut requests = Requests::default();
     requests.push(kind, ACK, family, fill);
-    match answer(&requests) {
+    match ask(&requests, |_| {}) {
         Ok(()) => Ok(true),
         // Also from a kernel without nftables.
         Err(error) if is_absent(&error) => Ok(false),
@@ -73,22 +73,6 @@ fn has(kind: u16, family: u8, fill: impl FnOnce(&mut Writer<'_>)) -> io::Result<
 fn is_absent(error: &io::Error) -> bool {
     use nix::libc::{EINVAL, ENOENT, EOPNOTSUPP};
     matches!(error.raw_os_error(), Some(ENOENT | EINVAL | EOPNOTSUPP))
-}
-
-/// Sends `requests`, of which one is to be acknowledged, and waits for that.
-fn answer(requests: &Requests) -> io::Result<()> {
-    let socket = Socket::open(None)?;
-    socket.send(requests)?;
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        for message in socket.receive(&mut buffer)? {
-            match message {
-                Message::Answer(0) | Message::Done => return Ok(()),
-                Message::Answer(errno) => return Err(io::Error::from_raw_os_error(errno)),
-                Message::Data { .. } => {}
-            }
-        }
-    }
 }
 
 #[cfg(test)]

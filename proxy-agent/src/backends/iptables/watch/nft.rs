@@ -3,7 +3,9 @@
 
 use std::io;
 
-use crate::backends::nfnetlink::{ACK, Attributes, BUFFER_BYTES, Message, Requests, Socket, kind};
+use crate::backends::nfnetlink::{
+    ACK, Attributes, BUFFER_BYTES, Message, Requests, Socket, ask, kind,
+};
 
 const NFNLGRP_NFTABLES: u32 = 7;
 const SUBSYSTEM: u8 = 10;
@@ -49,7 +51,7 @@ impl Watch {
             buffer: vec![0; BUFFER_BYTES],
         };
         watch.listener = Some(Socket::open(Some(NFNLGRP_NFTABLES))?);
-        watch.generation = watch.ask()?;
+        watch.generation = generation()?;
         Ok(watch)
     }
 
@@ -73,7 +75,7 @@ impl Watch {
                 // More was told than there was room for.
                 Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {
                     self.listener = Some(Socket::open(Some(NFNLGRP_NFTABLES))?);
-                    self.generation = self.ask()?;
+                    self.generation = generation()?;
                     return Ok(true);
                 }
                 Err(error) => return Err(error),
@@ -90,26 +92,20 @@ impl Watch {
     pub fn resume(&mut self, own: u32) -> io::Result<bool> {
         let expected = self.generation.wrapping_add(own);
         self.listener = Some(Socket::open(Some(NFNLGRP_NFTABLES))?);
-        self.generation = self.ask()?;
+        self.generation = generation()?;
         Ok(self.generation != expected)
     }
+}
 
-    /// Number of the generation that is in force.
-    fn ask(&mut self) -> io::Result<u32> {
-        let socket = Socket::open(None)?;
-        let mut requests = Requests::default();
-        requests.push(GETGEN, ACK, 0, |_| {});
-        socket.send(&requests)?;
-        for message in socket.receive(&mut self.buffer)? {
-            if let Some(generation) = generation_of(message) {
-                return Ok(generation);
-            }
-            if let Message::Answer(errno) = message {
-                return Err(io::Error::from_raw_os_error(errno));
-            }
-        }
-        Err(io::ErrorKind::UnexpectedEof.into())
-    }
+/// Number of the generation that is in force.
+fn generation() -> io::Result<u32> {
+    let mut requests = Requests::default();
+    requests.push(GETGEN, ACK, 0, |_| {});
+    let mut found = None;
+    ask(&requests, |message| {
+        found = generation_of(message).or(found)
+    })?;
+    found.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 fn generation_of(message: Message<'_>) -> Option<u32> {
