@@ -100,7 +100,7 @@ metrics! {
     host_settings_failed: Gauge = Gauge::default() => "host_settings_failed";
     /// Clients of one endpoint that session affinity of the packet layer remembers, at most
     affinity_clients: Gauge = Gauge::default() => "affinity_clients";
-    /// UDP flows that were forgotten because the endpoint that they led to no longer serves
+    /// Flows that were forgotten because nobody serves where they lead to: an endpoint that is gone, or untranslated
     conntrack_flows_deleted: Counter = Counter::default() => "conntrack_flows_deleted";
     /// Seconds from asking the kernel for its flows to the end of a clean-up
     conntrack_cleanup_duration: Histogram = Histogram::new(exponential_buckets(0.001, 2.0, 15)) => "conntrack_cleanup_duration_seconds";

@@ -348,6 +348,12 @@ pub const DIFFERENCES: &[Difference] = &[
         changes: None,
     },
     Difference {
+        what: "A connection that began before there were rules for its Service",
+        kube_proxy: "its client's port leads nowhere for two more minutes",
+        here: "goes on with its next packet, as a UDP flow does in both",
+        changes: None,
+    },
+    Difference {
         what: "Backends in 127/8, 169.254/16, multicast, or at a ClusterIP",
         kube_proxy: "used",
         here: "refused and reported (CVE-2021-25737)",

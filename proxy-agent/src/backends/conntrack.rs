@@ -1,10 +1,14 @@
-//! Flows of UDP Services that lead to an endpoint which no longer serves.
+//! Flows that the kernel goes on with as they began, and that lead nowhere.
 //!
-//! The kernel translates the packets of a flow as it did the first one, for as long as they come; a client that keeps its
-//! port would talk to a dead endpoint for ever. So such flows are forgotten, and their next packet makes a new choice. TCP
+//! It translates the packets of a flow as it did the first one. A client of a UDP Service that keeps its port would talk to
+//! a dead endpoint for as long as it sends. So such flows are forgotten, and their next packet makes a new choice. TCP
 //! and SCTP notice by themselves, and must be able to end in good order. As kube-proxy does it (pkg/proxy/conntrack), with
 //! these differences: a Service without any endpoint counts too (kubernetes#139628), and a node port only on addresses of
 //! this node.
+//!
+//! A flow that began while there were no rules for its Service stays untranslated when there are: what the client sends
+//! from that port is lost for two more minutes, and before Linux 6.2 (e15d4cdf27cb) for as long as it tries. kube-proxy leaves
+//! those of TCP and SCTP; here they are forgotten as long as nobody has answered.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +20,7 @@ use std::{
 
 use crate::{
     backends::{Error, own_addresses},
-    state::{DesiredState, Family, Protocol, ServiceName, ServicePort, ServiceState},
+    state::{DesiredState, Protocol, ServiceName, ServicePort, ServiceState},
 };
 
 mod answers;
@@ -30,7 +34,7 @@ const PACE: Duration = Duration::from_secs(1);
 /// What was done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cleaned {
-    /// UDP flows that were looked at.
+    /// Flows that were looked at.
     pub seen: u64,
     /// Flows that were forgotten.
     pub deleted: u64,
@@ -38,17 +42,15 @@ pub struct Cleaned {
     pub kept: u64,
 }
 
-/// Looks at each UDP flow of the calling thread's network namespace once, and deletes those whose Service in `answers` has no
-/// endpoint that serves where they lead to. Time grows with the flows, memory does not.
+/// Looks once at each flow of the calling thread's network namespace that can be stale, and deletes those of the Services in
+/// `answers` that are. Time grows with the flows, memory does not.
 ///
 /// # Errors
 /// The kernel does not list or delete flows. Those deleted so far are gone.
 pub fn clean(answers: &Answers) -> Result<Cleaned, Error> {
     let mut total = Cleaned::default();
-    for family in [Family::V4, Family::V6] {
-        if answers.has(family) {
-            table::clean(answers, family, &mut total).map_err(failed)?;
-        }
+    for (family, protocol) in answers.kinds() {
+        table::clean(answers, family, protocol, &mut total).map_err(failed)?;
     }
     Ok(total)
 }
@@ -56,7 +58,7 @@ pub fn clean(answers: &Answers) -> Result<Cleaned, Error> {
 fn failed(cause: io::Error) -> Error {
     Error::Kernel {
         action: "clean up",
-        object: "the kernel's UDP flows".to_owned(),
+        object: "the kernel's flows".to_owned(),
         cause,
         hint: "",
     }
@@ -67,13 +69,13 @@ fn failed(cause: io::Error) -> Error {
 pub struct Cleaner {
     /// Takes what has changed.
     thread: Sender<Changed>,
-    /// UDP service ports as they were noted last, without backends.
+    /// Service ports as they were noted last, without backends.
     known: Changed,
     /// Noted since the flows were looked at.
     waiting: Changed,
 }
 
-/// UDP service ports as they are now.
+/// Service ports as they are now.
 type Changed = BTreeMap<ServicePort, ServiceState>;
 
 impl Cleaner {
@@ -96,18 +98,21 @@ impl Cleaner {
         })
     }
 
-    /// Takes in what will be served: all of it, or what is about `services`.
+    /// Takes in what will be served: all of it, also where there may have been no rules, or what is about `services`.
     pub fn note(&mut self, services: Option<&BTreeSet<ServiceName>>, state: &DesiredState) {
         let is_meant = |port: &ServicePort| services.is_none_or(|of| of.contains(&port.service));
         let is_gone = |port: &ServicePort| is_meant(port) && !state.services.contains_key(port);
         // Nobody serves their addresses now.
         let gone = self.known.extract_if(.., |port, _| is_gone(port));
-        self.waiting.extend(gone);
-        let udp = state.services.iter();
-        let udp = udp.filter(|(port, _)| port.protocol == Protocol::Udp && is_meant(port));
-        for (port, service) in udp {
-            self.known.insert(port.clone(), without_backends(service));
-            self.waiting.insert(port.clone(), service.clone());
+        self.waiting
+            .extend(gone.filter(|(port, _)| port.protocol == Protocol::Udp));
+        let meant = state.services.iter().filter(|(port, _)| is_meant(port));
+        for (port, service) in meant {
+            let before = self.known.insert(port.clone(), without_backends(service));
+            let had_rules = before.is_some_and(|before| before.frontends == service.frontends);
+            if services.is_none() || !had_rules || port.protocol == Protocol::Udp {
+                self.waiting.insert(port.clone(), service.clone());
+            }
         }
     }
 

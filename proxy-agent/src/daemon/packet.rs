@@ -116,7 +116,7 @@ pub fn start(
     LayerThread::start("packet-layer", status, work).map_err(super::start("the packet layer"))
 }
 
-/// Forgets the UDP flows of endpoints that no longer serve, and counts them.
+/// Forgets the flows that lead to nobody who serves, and counts them.
 fn cleaner(metrics: &Metrics) -> io::Result<Cleaner> {
     let deleted = metrics.conntrack_flows_deleted.clone();
     let duration = metrics.conntrack_cleanup_duration.clone();
@@ -127,14 +127,14 @@ fn cleaner(metrics: &Metrics) -> io::Result<Cleaner> {
             if cleaned.kept > 0 {
                 tracing::warn!(
                     flows = cleaned.kept,
-                    "stale UDP flows stay until their clients pause: a network card forwards them"
+                    "stale flows stay until their clients pause: a network card forwards them"
                 );
             }
         }
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),
-                "cannot clean up UDP flows; trying again"
+                "cannot clean up flows; trying again"
             );
         }
     })

@@ -22,4 +22,5 @@ mod self_test;
 mod swap;
 mod topology;
 mod udp;
+mod untranslated;
 mod verdicts;

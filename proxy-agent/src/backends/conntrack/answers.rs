@@ -1,26 +1,29 @@
 //! Which endpoint may answer for which address.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
 };
 
 use crate::state::{Family, FrontendKind, Protocol, ServiceState};
 
-/// A UDP flow: what the client addressed, and who answers.
+/// A flow: what the client addressed, and who answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Flow {
+    pub protocol: Protocol,
     /// Destination of the client's packets.
     pub to: SocketAddr,
     /// Source of the answers, as they come.
     pub answered_by: SocketAddr,
+    /// One has come.
+    pub is_answered: bool,
 }
 
-/// Who may answer for the frontends of UDP Services.
+/// Who may answer for the frontends of Services.
 #[derive(Clone, Debug, Default)]
 pub struct Answers {
-    frontends: HashMap<SocketAddr, Index>,
-    node_ports: HashMap<(Family, u16), Index>,
+    frontends: HashMap<(Protocol, SocketAddr), Index>,
+    node_ports: HashMap<(Protocol, Family, u16), Index>,
     own: HashSet<IpAddr>,
     serving: HashSet<(Index, SocketAddr)>,
 }
@@ -39,20 +42,21 @@ impl Answers {
             own: own.into_iter().collect(),
             ..Self::default()
         };
-        let udp = services.into_iter();
-        let udp = udp.filter(|service| service.key.protocol == Protocol::Udp);
-        for (index, service) in (0..).zip(udp) {
-            for frontend in &service.frontends {
+        for (index, service) in (0..).zip(services) {
+            let protocol = service.key.protocol;
+            // Who serves a local link is not translated to.
+            let frontends = service.frontends.iter().filter(|of| !of.on_local_link);
+            for frontend in frontends {
                 match frontend.kind {
                     FrontendKind::NodePort => {
-                        let port = (service.key.family, frontend.port);
+                        let port = (protocol, service.key.family, frontend.port);
                         answers.node_ports.insert(port, index);
                     }
                     FrontendKind::ClusterIp
                     | FrontendKind::LoadBalancer
                     | FrontendKind::ExternalIp => {
                         let address = SocketAddr::new(frontend.address, frontend.port);
-                        answers.frontends.insert(address, index);
+                        answers.frontends.insert((protocol, address), index);
                     }
                 }
             }
@@ -65,23 +69,34 @@ impl Answers {
         answers
     }
 
-    /// Whether a flow of this family can be stale.
-    pub(super) fn has(&self, family: Family) -> bool {
-        let is_in = |address: &SocketAddr| Family::of(address.ip()) == family;
-        self.frontends.keys().any(is_in) || self.node_ports.keys().any(|(of, _)| *of == family)
+    /// Of which kinds a flow can be stale.
+    pub(super) fn kinds(&self) -> BTreeSet<(Family, Protocol)> {
+        let frontends = self.frontends.keys();
+        let frontends = frontends.map(|(protocol, of)| (Family::of(of.ip()), *protocol));
+        let node_ports = self.node_ports.keys();
+        let node_ports = node_ports.map(|(protocol, family, _)| (*family, *protocol));
+        frontends.chain(node_ports).collect()
     }
 
-    /// Whether the flow belongs to one of the Services, and whoever answers no longer serves it. A flow that was let through
-    /// untranslated, from a time without endpoints, is one of these: its VIP does not serve.
+    /// Whether the flow belongs to one of the Services, and leads nowhere: it was let through untranslated, from a time
+    /// without rules or endpoints, or whoever answers no longer serves it.
     pub(super) fn is_stale(&self, flow: &Flow) -> bool {
+        let Flow {
+            protocol,
+            to,
+            answered_by,
+            is_answered,
+        } = *flow;
         let of_node_port = || {
-            let Flow { to, answered_by: _ } = flow;
             let is_own = to.ip().is_loopback() || self.own.contains(&to.ip());
-            let port = (Family::of(to.ip()), to.port());
+            let port = (protocol, Family::of(to.ip()), to.port());
             self.node_ports.get(&port).filter(|_| is_own)
         };
-        let service = self.frontends.get(&flow.to).or_else(of_node_port);
-        service.is_some_and(|service| !self.serving.contains(&(*service, flow.answered_by)))
+        let service = self.frontends.get(&(protocol, to)).or_else(of_node_port);
+        service.is_some_and(|service| match protocol {
+            Protocol::Udp => !self.serving.contains(&(*service, answered_by)),
+            Protocol::Tcp | Protocol::Sctp => !is_answered && answered_by == to,
+        })
     }
 }
 
@@ -89,10 +104,12 @@ impl Answers {
 mod tests {
     use super::{super::tests::udp_service, *};
 
-    fn flow(to: &str, answered_by: &str) -> Flow {
+    fn flow(protocol: Protocol, to: &str, answered_by: &str) -> Flow {
         Flow {
+            protocol,
             to: to.parse().unwrap(),
             answered_by: answered_by.parse().unwrap(),
+            is_answered: false,
         }
     }
 
@@ -126,16 +143,49 @@ mod tests {
             ("[fd00:1::1]:30053", "[fd00::3]:5353", true),
             ("[fd00:1::1]:30054", "[fd00::3]:5353", false),
         ] {
-            let flow = flow(to, answered_by);
+            let flow = flow(Protocol::Udp, to, answered_by);
             assert_eq!(answers.is_stale(&flow), expected, "{flow:?}");
+            let tcp = Flow {
+                protocol: Protocol::Tcp,
+                ..flow
+            };
+            assert!(!answers.is_stale(&tcp), "{tcp:?}");
         }
     }
 
     #[test]
-    fn services_that_are_not_udp_have_no_say() {
-        let mut service = udp_service("web", "10.96.0.10:80", 30080, &[]);
-        service.key.protocol = Protocol::Tcp;
-        let answers = Answers::of([&service], []);
-        assert!(!answers.has(Family::V4) && !answers.has(Family::V6));
+    fn a_connection_is_stale_while_nobody_answers_and_nobody_translated_it() {
+        let (vip, backend) = ("10.96.0.10:80", "10.244.0.2:8080");
+        for protocol in [Protocol::Tcp, Protocol::Sctp] {
+            let mut service = udp_service("web", vip, 30080, &[backend]);
+            service.key.protocol = protocol;
+            let answers = Answers::of([&service], ["192.168.0.1".parse().unwrap()]);
+            assert_eq!(answers.kinds(), [(Family::V4, protocol)].into());
+            for (to, answered_by, expected) in [
+                (vip, vip, true),
+                ("192.168.0.1:30080", "192.168.0.1:30080", true),
+                // Translated, whether or not that endpoint is still one.
+                (vip, backend, false),
+                (vip, "10.244.0.3:8080", false),
+                ("10.96.0.10:81", "10.96.0.10:81", false),
+                ("192.0.2.1:30080", "192.0.2.1:30080", false),
+            ] {
+                let flow = flow(protocol, to, answered_by);
+                assert_eq!(answers.is_stale(&flow), expected, "{flow:?}");
+                let answered = Flow {
+                    is_answered: true,
+                    ..flow
+                };
+                assert!(!answers.is_stale(&answered), "{answered:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_local_link_serves_is_nobodys_business() {
+        let mut service = udp_service("dns", "10.96.0.10:53", 30053, &["10.244.0.2:5353"]);
+        service.frontends.truncate(1);
+        service.frontends[0].on_local_link = true;
+        assert!(Answers::of([&service], []).kinds().is_empty());
     }
 }

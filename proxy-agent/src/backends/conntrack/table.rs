@@ -13,7 +13,7 @@ use crate::{
     backends::nfnetlink::{
         ACK, Attributes, BUFFER_BYTES, DUMP, Message, Requests, Socket, Writer, kind,
     },
-    state::Family,
+    state::{Family, Protocol},
 };
 
 const SUBSYSTEM: u8 = 1;
@@ -23,9 +23,11 @@ const DELETE: u16 = kind(SUBSYSTEM, 2);
 /// `CTA_*`.
 pub(super) const TUPLE_ORIG: u16 = 1;
 pub(super) const TUPLE_REPLY: u16 = 2;
+const STATUS: u16 = 3;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
 const FILTER: u16 = 25;
+const STATUS_MASK: u16 = 26;
 /// `CTA_FILTER_ORIG_FLAGS`.
 const FILTER_ORIG: u16 = 1;
 /// `CTA_FILTER_F_CTA_PROTO_NUM`.
@@ -43,7 +45,8 @@ pub(super) const PROTO_NUM: u16 = 1;
 const PROTO_SRC_PORT: u16 = 2;
 const PROTO_DST_PORT: u16 = 3;
 
-const UDP: u8 = libc::IPPROTO_UDP as u8;
+/// `IPS_SEEN_REPLY` (include/uapi/linux/netfilter/nf_conntrack_common.h).
+const SEEN_REPLY: u32 = 1 << 1;
 
 /// Room for the answers to one batch of deletions, bytes.
 const ANSWERS_ROOM: usize = 1 << 20;
@@ -56,11 +59,25 @@ pub(super) fn number(family: Family) -> u8 {
     }
 }
 
+/// `IPPROTO_*`.
+fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => libc::IPPROTO_TCP as u8,
+        Protocol::Udp => libc::IPPROTO_UDP as u8,
+        Protocol::Sctp => libc::IPPROTO_SCTP as u8,
+    }
+}
+
 /// Lists the flows, and deletes stale ones while the list goes on.
-pub fn clean(answers: &Answers, family: Family, total: &mut Cleaned) -> io::Result<()> {
+pub fn clean(
+    answers: &Answers,
+    family: Family,
+    protocol: Protocol,
+    total: &mut Cleaned,
+) -> io::Result<()> {
     let (list, change) = (Socket::open(None)?, Socket::open(None)?);
     change.set_room(ANSWERS_ROOM)?;
-    list.send(&dump(family))?;
+    list.send(&dump(family, protocol))?;
     let (mut buffer, mut replies) = (vec![0; BUFFER_BYTES], vec![0; BUFFER_BYTES]);
     let mut deletions = Requests::default();
     loop {
@@ -68,7 +85,7 @@ pub fn clean(answers: &Answers, family: Family, total: &mut Cleaned) -> io::Resu
         for message in list.receive(&mut buffer)? {
             match message {
                 Message::Data { attributes, .. } => {
-                    let Some(flow) = flow(attributes) else {
+                    let Some(flow) = flow(attributes, protocol) else {
                         continue;
                     };
                     total.seen += 1;
@@ -87,16 +104,25 @@ pub fn clean(answers: &Answers, family: Family, total: &mut Cleaned) -> io::Resu
     }
 }
 
-/// Kernels before 5.8 do not know the filter, and list every protocol.
-fn dump(family: Family) -> Requests {
+/// Kernels before 5.8 do not know the filter by protocol, those before 5.19 the one by status; they list more.
+fn dump(family: Family, protocol: Protocol) -> Requests {
     let mut requests = Requests::default();
     requests.push(GET, DUMP, number(family), |writer| {
         writer.nest(FILTER, |filter| {
             filter.put(FILTER_ORIG, &BY_PROTOCOL.to_ne_bytes());
         });
         writer.nest(TUPLE_ORIG, |tuple| {
-            tuple.nest(TUPLE_PROTO, |proto| proto.put(PROTO_NUM, &[UDP]));
+            let number = protocol_number(protocol);
+            tuple.nest(TUPLE_PROTO, |proto| proto.put(PROTO_NUM, &[number]));
         });
+        match protocol {
+            Protocol::Udp => {}
+            // The answered ones may be a million, and are never stale.
+            Protocol::Tcp | Protocol::Sctp => {
+                writer.put(STATUS, &0_u32.to_be_bytes());
+                writer.put(STATUS_MASK, &SEEN_REPLY.to_be_bytes());
+            }
+        }
     });
     requests
 }
@@ -143,15 +169,19 @@ fn carry_out(
     Ok(())
 }
 
-fn flow(attributes: Attributes<'_>) -> Option<Flow> {
+/// None if it is of another protocol.
+fn flow(attributes: Attributes<'_>, protocol: Protocol) -> Option<Flow> {
     let orig = attributes.nested(TUPLE_ORIG)?;
-    if orig.nested(TUPLE_PROTO)?.find(PROTO_NUM)? != [UDP] {
+    if orig.nested(TUPLE_PROTO)?.find(PROTO_NUM)? != [protocol_number(protocol)] {
         return None;
     }
     let reply = attributes.nested(TUPLE_REPLY)?;
+    let status = u32::from_be_bytes(*attributes.find(STATUS)?.first_chunk()?);
     Some(Flow {
+        protocol,
         to: end(orig, IP_V4_DST, IP_V6_DST, PROTO_DST_PORT)?,
         answered_by: end(reply, IP_V4_SRC, IP_V6_SRC, PROTO_SRC_PORT)?,
+        is_answered: status & SEEN_REPLY != 0,
     })
 }
 
@@ -177,16 +207,22 @@ pub(super) mod creation {
     const NEW: u16 = kind(SUBSYSTEM, 0);
     /// `CTA_TIMEOUT`.
     const TIMEOUT: u16 = 7;
+    /// `IPS_CONFIRMED`, without which the kernel takes no status.
+    const CONFIRMED: u32 = 1 << 3;
     /// `NLM_F_CREATE | NLM_F_EXCL`.
     const CREATE: u16 = 0x600;
 
-    /// Adds a flow from `client` to `to`, answered by `answered_by`, that ends in ten minutes.
-    pub fn create(requests: &mut Requests, client: SocketAddr, flow: &Flow, protocol: u8) {
+    /// Adds a flow from `client` that ends in ten minutes.
+    pub fn create(requests: &mut Requests, client: SocketAddr, flow: &Flow) {
         let family = number(Family::of(client.ip()));
+        let protocol = protocol_number(flow.protocol);
         requests.push(NEW, CREATE | ACK, family, |writer| {
             tuple(writer, TUPLE_ORIG, client, flow.to, protocol);
             tuple(writer, TUPLE_REPLY, flow.answered_by, client, protocol);
             writer.put(TIMEOUT, &600_u32.to_be_bytes());
+            if flow.is_answered {
+                writer.put(STATUS, &(SEEN_REPLY | CONFIRMED).to_be_bytes());
+            }
         });
     }
 
