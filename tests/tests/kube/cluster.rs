@@ -4,10 +4,10 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use anyhow::{Context, ensure};
 use proxy_tests::{
-    Endpoint, Pod, Scenario, Service,
+    Endpoint, Peer, Pod, Scenario, Service,
     kube::{ControlPlane, Variant},
     load::{LoadPlan, LoadReport, Talk},
-    peer::Load,
+    peer::{Load, PATIENCE, Socket},
     scenario::{OFTEN, SOON, TCP, TCP_TARGET, UDP, UDP_TARGET, who_tcp},
     wait_for,
 };
@@ -74,20 +74,24 @@ impl Cluster {
         Ok(())
     }
 
-    /// Connections all the time, from a pod, from the node itself and from outside.
-    pub fn load(&self, outsider: &Pod) -> anyhow::Result<Vec<(&'static str, Load)>> {
+    /// Who talks to the Service, and where each finds it: a pod, the node itself, and a machine outside.
+    fn clients(
+        &self,
+        outsider: &Pod,
+    ) -> anyhow::Result<[(&'static str, Peer, Vec<SocketAddr>); 3]> {
         let all = self.targets();
-        let of_node: Vec<_> = all
-            .iter()
-            .copied()
-            .filter(|to| to.port() == NODE_PORT)
-            .collect();
-        let clients = [
+        let of_node = all.iter().copied().filter(|to| to.port() == NODE_PORT);
+        let of_node = of_node.collect();
+        Ok([
             ("pod", self.scenario.client.peer()?, all.clone()),
             ("node", self.scenario.a.peer()?, all),
             ("outside", outsider.peer()?, of_node),
-        ];
-        let clients = clients.into_iter();
+        ])
+    }
+
+    /// Connections all the time, by all clients.
+    pub fn load(&self, outsider: &Pod) -> anyhow::Result<Vec<(&'static str, Load)>> {
+        let clients = self.clients(outsider)?.into_iter();
         clients
             .map(|(name, client, targets)| {
                 let plan = LoadPlan {
@@ -97,6 +101,19 @@ impl Cluster {
                 Ok((name, client.start_load(plan)?))
             })
             .collect()
+    }
+
+    /// A connection that lasts, from each client to wherever it finds the Service.
+    pub fn connect(&self, outsider: &Pod) -> anyhow::Result<Vec<(&'static str, Socket)>> {
+        let mut connections = Vec::new();
+        for (name, client, targets) in self.clients(outsider)? {
+            for to in targets {
+                let connection = client.connect_tcp(to)?;
+                connection.receive(PATIENCE)?;
+                connections.push((name, connection));
+            }
+        }
+        Ok(connections)
     }
 
     /// Waits until the agent has written this.
