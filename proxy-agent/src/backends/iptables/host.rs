@@ -172,7 +172,7 @@ impl Host {
         }
         Err(RestoreError::Refused {
             line: refusal::line(&output.stderr),
-            message: refusal::message(&output.stderr),
+            message: refusal::message(&output),
         })
     }
 

@@ -1,6 +1,6 @@
 //! What `iptables-restore` says when it refuses a transaction: each variant and version in words of its own.
 
-use super::Output;
+use super::{Output, run::end};
 
 /// Exit code of a tool that did not get the lock (`RESOURCE_PROBLEM`, include/xtables.h).
 const RESOURCE_PROBLEM: i32 = 4;
@@ -27,11 +27,15 @@ pub fn line(stderr: &str) -> Option<usize> {
     found
 }
 
-/// What it says, as one line without the usage hint.
-pub fn message(stderr: &str) -> String {
-    let lines = stderr.lines().map(str::trim);
+/// What it says, as one line without the usage hint; how it ended, where it says nothing.
+pub fn message(output: &Output) -> String {
+    let lines = output.stderr.lines().map(str::trim);
     let said = lines.filter(|line| !line.is_empty() && !line.starts_with("Try `"));
-    said.collect::<Vec<_>>().join("; ")
+    let said = said.collect::<Vec<_>>().join("; ");
+    match said.is_empty() {
+        true => format!("it ended with {}", end(output)),
+        false => said,
+    }
 }
 
 #[cfg(test)]
@@ -58,9 +62,17 @@ mod tests {
     }
 
     #[test]
-    fn the_message_is_one_line_without_hints() {
+    fn the_message_is_one_line_without_hints_and_never_empty() {
+        let said = |stderr: &str| {
+            message(&Output {
+                signal: Some(9),
+                stderr: stderr.to_owned(),
+                ..Output::default()
+            })
+        };
         let text = "a: no such match\n\nError occurred at line: 3\nTry `a -h' for more.\n";
-        assert_eq!(message(text), "a: no such match; Error occurred at line: 3");
+        assert_eq!(said(text), "a: no such match; Error occurred at line: 3");
+        assert_eq!(said(""), "it ended with signal 9");
     }
 
     #[test]

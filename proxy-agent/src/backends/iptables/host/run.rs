@@ -2,18 +2,38 @@
 
 use std::{
     env, fs,
-    io::{self, Seek as _, Write as _},
-    os::unix::fs::PermissionsExt as _,
+    io::{self, Read as _, Seek as _, Write as _},
+    os::unix::{
+        fs::PermissionsExt as _,
+        process::{CommandExt as _, ExitStatusExt as _},
+    },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc::{RecvTimeoutError, channel},
+    thread,
+    time::Duration,
 };
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::{
+    errno::Errno,
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        signal::{Signal, killpg},
+        wait::{Id, WaitPidFlag, waitid},
+    },
+    unistd::Pid,
+};
 
 use crate::backends::Error;
 
 /// Searched after PATH, which of a service often lacks them.
 const SYSTEM_DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin"];
+
+/// A tool that hangs is killed after this long, and the longer the more it was given: the nft variant takes minutes for
+/// 100,000 rules, and one that is killed while it works would never get done.
+const LIMIT: Duration = Duration::from_secs(120);
+/// Bytes of input for each second more.
+const BYTES_PER_SECOND: u64 = 20_000;
 
 /// What a tool said.
 #[derive(Clone, Debug, Default)]
@@ -22,6 +42,8 @@ pub struct Output {
     pub success: bool,
     /// Its exit code; none after a signal.
     pub code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
     /// Its standard output.
     pub stdout: String,
     /// Its error output.
@@ -41,11 +63,17 @@ pub fn find(name: &str) -> Option<PathBuf> {
         .find(is_program)
 }
 
-/// Runs `tool` with `input` as its standard input. The input is a file in memory, so that neither waits for the other.
+/// Runs `tool` with `input` as its standard input.
 ///
 /// # Errors
-/// It could not be started.
+/// It could not be started, or did not end in time.
 pub fn run(tool: &Path, args: &[&str], input: &str) -> Result<Output, Error> {
+    let more = Duration::from_secs(input.len() as u64 / BYTES_PER_SECOND);
+    run_within(LIMIT + more, tool, args, input)
+}
+
+/// Input and output are files in memory, so that nobody waits for anybody, nor for what a killed tool had started.
+fn run_within(limit: Duration, tool: &Path, args: &[&str], input: &str) -> Result<Output, Error> {
     let failed = |cause: io::Error| Error::Kernel {
         action: "run",
         object: tool.display().to_string(),
@@ -56,19 +84,58 @@ pub fn run(tool: &Path, args: &[&str], input: &str) -> Result<Output, Error> {
         "" => Stdio::null(),
         text => Stdio::from(in_memory(text).map_err(failed)?),
     };
-    let output = Command::new(tool)
+    let stdout = in_memory("").map_err(failed)?;
+    let stderr = in_memory("").map_err(failed)?;
+    let child = Command::new(tool)
         .args(args)
         .env("LC_ALL", "C")
         .stdin(stdin)
-        .output()
+        .stdout(stdout.try_clone().map_err(failed)?)
+        .stderr(stderr.try_clone().map_err(failed)?)
+        // Killed together with what it starts.
+        .process_group(0)
+        .spawn()
         .map_err(failed)?;
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    let (status, was_late) = wait(child, limit).map_err(failed)?;
+    if was_late {
+        return Err(Error::Unusable(format!(
+            "{} did not end within {limit:?} and was killed; the rules are read again, then it is tried again",
+            tool.display()
+        )));
+    }
     Ok(Output {
-        success: output.status.success(),
-        code: output.status.code(),
-        stdout: text(output.stdout),
-        stderr: text(output.stderr),
+        success: status.success(),
+        code: status.code(),
+        signal: status.signal(),
+        stdout: text(stdout).map_err(failed)?,
+        stderr: text(stderr).map_err(failed)?,
     })
+}
+
+/// Waits for the end of a process, which leads a group; kills the group when it takes too long. Says whether it did.
+fn wait(mut child: Child, limit: Duration) -> io::Result<(ExitStatus, bool)> {
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let (end, ended) = channel::<()>();
+    let was_late = thread::scope(|scope| {
+        let watchdog = scope.spawn(move || {
+            let is_late = ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            // The process is not reaped yet, so this is its number still; it may have ended just now.
+            is_late && killpg(pid, Signal::SIGKILL).is_ok()
+        });
+        let without_reaping = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        while waitid(Id::Pid(pid), without_reaping) == Err(Errno::EINTR) {}
+        drop(end);
+        watchdog.join().unwrap_or(false)
+    });
+    Ok((child.wait()?, was_late))
+}
+
+fn text(mut file: fs::File) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
 }
 
 fn in_memory(text: &str) -> io::Result<fs::File> {
@@ -81,8 +148,50 @@ fn in_memory(text: &str) -> io::Result<fs::File> {
 /// The error of a tool that did not do what it was asked for.
 pub fn failed(tool: &Path, output: &Output) -> Error {
     let said = output.stderr.trim();
-    let code = output
-        .code
-        .map_or_else(|| "a signal".to_owned(), |code| format!("exit code {code}"));
-    Error::Unusable(format!("{} ended with {code}: {said}", tool.display()))
+    let end = end(output);
+    Error::Unusable(format!("{} ended with {end}: {said}", tool.display()))
+}
+
+/// How it ended: "exit code 3", "signal 9".
+pub fn end(output: &Output) -> String {
+    match (output.code, output.signal) {
+        (Some(code), _) => format!("exit code {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => "neither an exit code nor a signal".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn shell(limit: Duration, script: &str, input: &str) -> Result<Output, Error> {
+        run_within(limit, Path::new("/bin/sh"), &["-c", script], input)
+    }
+
+    #[test]
+    fn a_tool_reads_and_writes_more_than_a_pipe_holds() {
+        let input = "x".repeat(1 << 20);
+        let output = shell(LIMIT, "cat; echo no >&2; exit 3", &input).unwrap();
+        assert!(output.stdout == input && output.stderr == "no\n");
+        assert!(!output.success && end(&output) == "exit code 3");
+    }
+
+    #[test]
+    fn the_signal_that_ended_a_tool_is_told() {
+        let output = shell(LIMIT, "kill -SEGV $$", "").unwrap();
+        assert_eq!(end(&output), "signal 11");
+    }
+
+    #[test]
+    fn a_tool_that_hangs_is_killed_with_what_it_started() {
+        let start = Instant::now();
+        let limit = Duration::from_millis(100);
+        let error = shell(limit, "sleep 600 & wait", "").unwrap_err();
+        assert!(start.elapsed() < Duration::from_secs(60));
+        let said = "/bin/sh did not end within 100ms and was killed";
+        assert!(error.to_string().contains(said), "{error}");
+    }
 }
