@@ -63,6 +63,11 @@ pub trait Backend {
     /// What stopped it; it is called again after the next apply.
     fn publish(&mut self) -> Result<(), Error>;
 
+    /// Whether the last plan left something out that the kernel refused, without an error: the rest is in force.
+    fn has_left_out(&self) -> bool {
+        false
+    }
+
     /// Whether somebody else keeps what this backend would write: then it is given nothing to do. Asked often, and after
     /// [`Backend::observe`], before anything is written.
     fn yields(&mut self) -> bool {

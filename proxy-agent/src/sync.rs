@@ -75,6 +75,8 @@ pub struct Layer<B: Backend> {
     /// Taken from the inbox, not yet in the kernel.
     changes: i64,
     failures: u32,
+    /// How often what the kernel refuses was tried again, while there is such a part.
+    left_out: Option<u32>,
     audit_at: Instant,
     quarrel: Quarrel,
     /// Shortest time from one change of the kernel to the next.
@@ -104,6 +106,7 @@ impl<B: Backend> Layer<B> {
             touched: Dirty::default(),
             changes: 0,
             failures: 0,
+            left_out: None,
             audit_at: now + AUDIT_EVERY,
             quarrel: Quarrel::default(),
             pace: Duration::ZERO,
@@ -243,8 +246,13 @@ impl<B: Backend> Layer<B> {
         if self.backend.yields() {
             return Ok(true);
         }
-        match &self.observed {
-            Some(believed) => {
+        match (&self.observed, &mut self.left_out) {
+            (Some(_), Some(retries)) => {
+                // What was left out counts as written: that it is missing is nobody's doing.
+                *retries += 1;
+                *scope = Scope::All;
+            }
+            (Some(believed), None) => {
                 let drift = diff(&found, believed).len();
                 if drift > 0 {
                     self.quarrel.repaired(now);
@@ -257,7 +265,7 @@ impl<B: Backend> Layer<B> {
                     *scope = Scope::All;
                 }
             }
-            None => *scope = Scope::All,
+            (None, _) => *scope = Scope::All,
         }
         self.observed = Some(found);
         Ok(false)
@@ -295,6 +303,13 @@ impl<B: Backend> Layer<B> {
 
     fn succeeded(&mut self, now: Instant, applied: usize, complete: bool) -> Due {
         self.changes = 0;
+        self.left_out = self
+            .backend
+            .has_left_out()
+            .then(|| self.left_out.unwrap_or(0));
+        if let Some(retries) = self.left_out {
+            self.audit_at = self.audit_at.min(now + retry_after(retries));
+        }
         if self.failures > 0 {
             tracing::info!(layer = self.name, failures = self.failures, "synced again");
             self.failures = 0;

@@ -282,6 +282,10 @@ impl<T: Tables> Backend for IptablesBackend<T> {
         Ok(())
     }
 
+    fn has_left_out(&self) -> bool {
+        !self.left_out.is_empty()
+    }
+
     fn yields(&mut self) -> bool {
         let found = self.of_rivals;
         let stance = self.rivals.as_mut().map(|rivals| rivals.look(found));

@@ -2,7 +2,7 @@
 //! one.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     hash::{DefaultHasher, Hash, Hasher},
 };
 
@@ -21,6 +21,8 @@ pub struct Memory {
     pub yields: bool,
     /// Somebody else is seen by reading.
     pub yields_once_read: bool,
+    /// Left out of whatever is applied.
+    pub refused: BTreeSet<Key>,
     /// Writes that went in.
     pub writes: u64,
     /// One write in so many fails; 0 = none.
@@ -106,6 +108,9 @@ impl Backend for Memory {
                     "the plan wants {key}, the state lacks it"
                 )));
             }
+            if self.refused.contains(key) {
+                continue;
+            }
             self.write()?;
             self.entries.insert(key.clone(), *value);
         }
@@ -118,6 +123,10 @@ impl Backend for Memory {
 
     fn publish(&mut self) -> Result<(), Error> {
         self.write()
+    }
+
+    fn has_left_out(&self) -> bool {
+        !self.refused.is_empty()
     }
 
     fn yields(&mut self) -> bool {

@@ -275,6 +275,40 @@ fn the_audit_repairs_what_somebody_else_changed() {
 }
 
 #[test]
+fn what_the_kernel_refuses_is_tried_again_soon_then_seldom_and_is_nobodys_drift() {
+    let wanted = world(&[("a", 1), ("b", 1)]);
+    let mut bench = Bench::new(&world(&[]));
+    bench.memory().refused = world(&[("b", 1)]).rendered().into_keys().collect();
+    let mut due = bench.turn(&wanted, turn(Scope::All, true));
+    assert_eq!(*bench.entries(), world(&[("a", 1)]).rendered());
+    let mut waits = Vec::new();
+    for _ in 0..3 {
+        waits.push((due.until - bench.now).as_millis());
+        bench.now = due.until;
+        due = bench.turn(
+            &wanted,
+            Turn {
+                changes: 0,
+                ..turn(part(&[]), true)
+            },
+        );
+    }
+    assert_eq!(waits, [10, 20, 40]);
+    bench.memory().refused.clear();
+    bench.now = due.until;
+    due = bench.turn(
+        &wanted,
+        Turn {
+            changes: 0,
+            ..turn(part(&[]), true)
+        },
+    );
+    assert_eq!(*bench.entries(), wanted.rendered());
+    assert_eq!(due.until - bench.now, AUDIT_EVERY);
+    assert_eq!(bench.layer.metrics.drift_repairs.get(), 0);
+}
+
+#[test]
 fn what_somebody_else_changed_is_repaired_before_the_next_audit_is_due() {
     let wanted = world(&[("a", 1), ("b", 1)]);
     let mut bench = Bench::new(&wanted);
