@@ -84,7 +84,8 @@ const fn anchor(table: Table, chain: &'static str, rule: &'static str) -> (Table
     (table, Anchor { chain, rule })
 }
 
-/// Word by word kube-proxy's (`iptablesJumpChains`): it finds ours, and we find those it left.
+/// Word by word kube-proxy's (`iptablesJumpChains`): it finds ours, and we find those it left. In its order but for
+/// KUBE-FORWARD, which most forwarded packets come no further than.
 const JUMPS: [(Table, Anchor); 12] = [
     anchor(
         Table::Filter,
@@ -113,11 +114,6 @@ const JUMPS: [(Table, Anchor); 12] = [
     ),
     anchor(
         Table::Filter,
-        "FORWARD",
-        r#"-m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD"#,
-    ),
-    anchor(
-        Table::Filter,
         "INPUT",
         r#"-m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL"#,
     ),
@@ -130,6 +126,11 @@ const JUMPS: [(Table, Anchor); 12] = [
         Table::Filter,
         "FORWARD",
         r#"-m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL"#,
+    ),
+    anchor(
+        Table::Filter,
+        "FORWARD",
+        r#"-m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD"#,
     ),
     anchor(
         Table::Nat,

@@ -358,7 +358,7 @@ fn who_becomes_served_is_translated_first_and_who_is_no_longer_is_refused_first(
 }
 
 #[test]
-fn jumps_are_in_kube_proxys_order() {
+fn jumps_are_in_kube_proxys_order_behind_known_connections() {
     let backend = holding(rules(), &DesiredState::default());
     let forward = &backend.tables().chains(Family::V4, Table::Filter)["FORWARD"];
     let targets: Vec<_> = forward
@@ -368,8 +368,8 @@ fn jumps_are_in_kube_proxys_order() {
     assert_eq!(
         targets,
         [
-            "KUBE-PROXY-FIREWALL",
             "KUBE-FORWARD",
+            "KUBE-PROXY-FIREWALL",
             "KUBE-SERVICES",
             "KUBE-EXTERNAL-SERVICES"
         ]
