@@ -1,7 +1,10 @@
 //! Bench `update`: one endpoint of 100,000 changes; how long until the kernel knows, and how many of these per second.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    fs::{self, Permissions},
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -15,7 +18,7 @@ use super::{
     engine::{self, Engine},
     report::{Report, Target, percentile},
 };
-use crate::{Agent, Manifests, Node, Topology};
+use crate::{Agent, Manifests, Node, Pod, Topology};
 
 const CLUSTER: Cluster = Cluster {
     services: 10_000,
@@ -23,7 +26,9 @@ const CLUSTER: Cluster = Cluster {
 };
 const SINGLE: u32 = 3_000;
 const SUSTAINED: Duration = Duration::from_secs(5);
-const FILES: u32 = 100;
+/// Turns of each agent, and changed files of a turn.
+const ROUNDS: u32 = 8;
+const FILES: u32 = 50;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the bench.
@@ -141,40 +146,108 @@ fn sustained(engine: &Engine, kernel: &Kernel, report: &mut Report) -> Result<()
     Ok(())
 }
 
-/// A file is renamed into the folder of a running agent; when does a new connection land on the new endpoint?
+/// A file is renamed into the folder of a running agent; when does a new connection land on the new endpoint? Two agents take
+/// turns: one with both layers, whose rules are written all the time then, and one that has no packet layer.
 fn from_files(topology: &mut Topology, report: &mut Report) -> Result<()> {
-    let node = topology.node("node-b")?;
-    let (client, blue, green) = (node.pod("client")?, node.pod("blue")?, node.pod("green")?);
-    for pod in [&blue, &green] {
-        pod.serve_tcp(TARGET_PORT)?;
-    }
-    let manifests = Manifests::new(&topology.state_dir(), "update")?;
-    manifests.write("cluster.json", &CLUSTER.manifest_to(blue.v4()).to_string())?;
-    let write = |backend: Ipv4Addr| {
-        // Sorts before cluster.json: of two files with one object the first wins.
-        manifests.write(
-            "a-changed.json",
-            &slice_manifest("service-0", &[backend]).to_string(),
-        )
-    };
-    write(blue.v4())?;
-    let agent = Agent::start(&node, &manifests, &[])?;
-    let service = SocketAddr::from((Cluster::cluster_ip(0), PORT));
-    let mut took = Vec::new();
-    for step in 0..FILES {
-        let wanted = if step % 2 == 0 { &green } else { &blue };
-        let start = Instant::now();
-        write(wanted.v4())?;
-        while client.ask_tcp(service)? != wanted.name() {
-            ensure!(start.elapsed() < PATIENCE, "a changed file did not arrive");
+    let tools = topology.state_dir().join("tools");
+    without_iptables(&tools)?;
+    let mut sides = [
+        Followed::start(topology, "alone", Some(&tools))?,
+        Followed::start(topology, "beside", None)?,
+    ];
+    for _ in 0..ROUNDS {
+        for side in &mut sides {
+            side.change(FILES)?;
+            // Rules that are still to be written would disturb the other one.
+            side.agent
+                .wait_metric("proxy_agent_changes_pending", "", |pending| pending == 0.0)?;
         }
-        took.push(start.elapsed().as_secs_f64() * 1e3);
     }
-    drop(agent);
-    took.sort_by(f64::total_cmp);
-    report.row(json!({
-        "what": "file written to new connection there (20 ms of it is the wait for quiet)",
-        "changes": FILES, "p50_ms": percentile(&took, 50.0), "p99_ms": percentile(&took, 99.0),
-    }));
+    let [alone, beside] = sides.map(Followed::took);
+    let p50 = |took: &[f64]| percentile(took, 50.0);
+    for (layers, took) in [("socket", &alone), ("socket and packet", &beside)] {
+        report.row(json!({
+            "what": "file written to new connection there (20 ms of it is the wait for quiet)",
+            "layers": layers, "changes": took.len(), "p50_ms": p50(took), "p99_ms": percentile(took, 99.0),
+        }));
+    }
+    report.target(Target::at_most(
+        "the same, what the packet layer adds to the p50, milliseconds",
+        p50(&beside) - p50(&alone),
+        0.5,
+    ));
     Ok(())
+}
+
+/// A folder with an `iptables` that does not work.
+fn without_iptables(folder: &Path) -> Result<()> {
+    fs::create_dir(folder)?;
+    let broken = folder.join("iptables");
+    fs::write(&broken, "#!/bin/sh\nexit 3\n")?;
+    Ok(fs::set_permissions(&broken, Permissions::from_mode(0o755))?)
+}
+
+/// An agent that follows a folder, and the Service that changes.
+struct Followed {
+    agent: Agent,
+    manifests: Manifests,
+    client: Pod,
+    /// The endpoint is one of these.
+    servers: [Pod; 2],
+    /// From a change to the connection that landed; milliseconds.
+    took: Vec<f64>,
+}
+
+impl Followed {
+    /// Programs in `tools` come before those of the machine.
+    fn start(topology: &mut Topology, name: &str, tools: Option<&Path>) -> Result<Self> {
+        let node = topology.node(name)?;
+        let (client, servers) = (node.pod("client")?, [node.pod("blue")?, node.pod("green")?]);
+        for pod in &servers {
+            pod.serve_tcp(TARGET_PORT)?;
+        }
+        let manifests = Manifests::new(&topology.state_dir(), name)?;
+        let cluster = CLUSTER.manifest_to(servers[0].v4());
+        manifests.write("cluster.json", &cluster.to_string())?;
+        let mut agent = Agent::new(&node, &manifests, &[])?;
+        if let Some(tools) = tools {
+            agent.prefer(tools)?;
+        }
+        agent.spawn()?;
+        agent.wait_ready()?;
+        let is_alone = agent.metric("proxy_agent_mode_info", "packet=\"off\"")? == 1.0;
+        ensure!(
+            is_alone == tools.is_some(),
+            "the wrong layers:\n{}",
+            agent.log()
+        );
+        Ok(Self {
+            agent,
+            manifests,
+            client,
+            servers,
+            took: Vec::new(),
+        })
+    }
+
+    fn change(&mut self, times: u32) -> Result<()> {
+        let service = SocketAddr::from((Cluster::cluster_ip(0), PORT));
+        for _ in 0..times {
+            let wanted = &self.servers[(self.took.len() + 1) % 2];
+            // Sorts before cluster.json: of two files with one object the first wins.
+            let slice = slice_manifest("service-0", &[wanted.v4()]).to_string();
+            let start = Instant::now();
+            self.manifests.write("a-changed.json", &slice)?;
+            while self.client.ask_tcp(service)? != wanted.name() {
+                ensure!(start.elapsed() < PATIENCE, "a changed file did not arrive");
+            }
+            self.took.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        Ok(())
+    }
+
+    fn took(mut self) -> Vec<f64> {
+        self.took.sort_by(f64::total_cmp);
+        self.took
+    }
 }
