@@ -282,7 +282,7 @@ pub const DIFFERENCES: &[Difference] = &[
     Difference {
         what: "Node ports on 127.0.0.1 and ::1",
         kube_proxy: "IPv4 only, needs `route_localnet`",
-        here: "both families, only for the node's own processes, no sysctl, whatever `--nodeport-addresses` says (`--mode iptables`: as kube-proxy)",
+        here: "both families over TCP and UDP, only for the node's own processes, no sysctl, whatever `--nodeport-addresses` says (`--mode iptables`: as kube-proxy)",
         changes: Some(|flow, setting, outcome| {
             match setting.ebpf && flow.target == Target::LocalhostNodePort {
                 true => match flow.kind {
@@ -385,6 +385,18 @@ pub fn expected(flow: Flow, setting: Setting) -> Outcome {
     changes.fold(of_kube_proxy(flow, setting), |outcome, change| {
         change(flow, setting, outcome)
     })
+}
+
+/// What happens here to a flow of SCTP: no socket layer, but where that one serves the loopback addresses the rules do not.
+pub fn expected_of_sctp(flow: Flow, setting: Setting) -> Outcome {
+    let is_loopback = flow.target == Target::LocalhostNodePort && (setting.ebpf || setting.v6);
+    match flow.kind {
+        Kind::Cluster | Kind::ExternalLocal | Kind::InternalLocal if is_loopback => {
+            Outcome::Untouched
+        }
+        Kind::Elsewhere if is_loopback => Outcome::Dropped,
+        _ => of_kube_proxy(flow, setting),
+    }
 }
 
 /// The table as README prints it.

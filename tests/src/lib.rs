@@ -18,7 +18,9 @@ pub mod names;
 pub mod peer;
 pub mod place;
 pub mod programs;
+pub mod raw;
 pub mod scenario;
+pub mod sctp;
 pub mod server;
 pub mod topology;
 

@@ -113,14 +113,14 @@ impl Peer {
         Ok(())
     }
 
-    /// Answers `identity`, a space and the client's address to each connection on `address`.
+    /// Answers `identity`, a space and the client's address at `port` over TCP, UDP and SCTP, in both families.
     ///
     /// # Errors
     /// The port is taken.
-    pub fn serve_tcp_sources(&self, address: SocketAddr, identity: &str) -> anyhow::Result<()> {
+    pub fn serve_sources(&self, port: u16, identity: &str) -> anyhow::Result<()> {
         let identity = identity.to_owned();
-        self.call(&Request::ServeTcpSources { address, identity })
-            .with_context(|| format!("cannot serve {address}"))?;
+        self.call(&Request::ServeSources { port, identity })
+            .with_context(|| format!("cannot serve port {port}"))?;
         Ok(())
     }
 
@@ -193,6 +193,18 @@ impl Peer {
     pub fn ask_udp(&self, to: SocketAddr) -> io::Result<String> {
         let socket = self.open_udp_for(to)?;
         Ok(socket.ask_to(to)?.0)
+    }
+
+    /// Sends one SCTP INIT, and reads what the answer says.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn ask_sctp(&self, to: SocketAddr, patience: Duration) -> io::Result<String> {
+        let patience_ms = millis(patience);
+        match self.call(&Request::AskSctp { to, patience_ms })? {
+            Response::Received { text, .. } => Ok(text),
+            other => Err(io::Error::other(format!("unexpected answer {other:?}"))),
+        }
     }
 
     /// Starts a load generator.

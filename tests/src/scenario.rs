@@ -15,7 +15,7 @@ use crate::{Agent, Endpoint, Manifests, Node, Peer, Pod, Service, Topology, wait
 
 /// Where the pods serve TCP.
 pub const TCP_TARGET: u16 = 8080;
-/// Where the pods say over TCP which address they see, if they are asked to serve there.
+/// Where the pods say over TCP, UDP and SCTP which address they see, if they are asked to serve there.
 pub const SOURCES: u16 = 8081;
 /// Networks of the pods in both families, for `--cluster-cidr`.
 pub const POD_NETWORKS: &str = "10.244.0.0/16,fd00:10:244::/48";
@@ -25,6 +25,8 @@ pub const UDP_TARGET: u16 = 5353;
 pub const TCP: u16 = 80;
 /// Port of a Service for UDP.
 pub const UDP: u16 = 53;
+/// Port of a Service for SCTP.
+pub const SCTP: u16 = 3868;
 /// Asked this often, each of two endpoints answers, except once in 500 billion times.
 pub const OFTEN: usize = 40;
 /// How long a change of a file may take until the kernel holds it, on a busy machine.
@@ -225,7 +227,7 @@ impl Scenario {
     pub fn settle_rules(&self) -> anyhow::Result<()> {
         let port = self.marker.put(&self.manifests, self.vip(250))?;
         self.wait_rules(&format!(
-            r#""{MARKER} has no endpoints" -m tcp --dport {port} "#
+            r#"-m tcp --dport {port} -m comment --comment "{MARKER} has no endpoints""#
         ))
     }
 
@@ -233,7 +235,7 @@ impl Scenario {
     ///
     /// # Errors
     /// One has, for long.
-    fn wait_idle(&self) -> anyhow::Result<()> {
+    pub fn wait_idle(&self) -> anyhow::Result<()> {
         let pending = "proxy_agent_changes_pending";
         self.agent
             .wait_metric(pending, "", |pending| pending == 0.0)
@@ -268,8 +270,7 @@ impl Scenario {
     /// The port is taken.
     pub fn serve_sources(&self) -> anyhow::Result<()> {
         for pod in [&self.near, &self.far] {
-            let address = (Ipv6Addr::UNSPECIFIED, SOURCES).into();
-            pod.peer()?.serve_tcp_sources(address, pod.name())?;
+            pod.peer()?.serve_sources(SOURCES, pod.name())?;
         }
         Ok(())
     }

@@ -81,6 +81,28 @@ fn stay(mut stream: TcpStream, line: &str, asked: bool) {
 /// # Errors
 /// The port is taken.
 pub fn udp(address: SocketAddr, identity: String) -> io::Result<()> {
+    answer_datagrams(address, move |datagram, _, answer| {
+        answer.extend_from_slice(identity.as_bytes());
+        answer.push(b' ');
+        answer.extend_from_slice(datagram);
+    })
+}
+
+/// Answers each datagram with `identity`, a space and the client's address; on a thread.
+///
+/// # Errors
+/// The port is taken.
+pub fn udp_sources(address: SocketAddr, identity: String) -> io::Result<()> {
+    answer_datagrams(address, move |_, from, answer| {
+        let from = from.ip().to_canonical();
+        answer.extend_from_slice(format!("{identity} {from}").as_bytes());
+    })
+}
+
+fn answer_datagrams(
+    address: SocketAddr,
+    write: impl Fn(&[u8], SocketAddr, &mut Vec<u8>) + Send + 'static,
+) -> io::Result<()> {
     let socket = UdpSocket::bind(address)?;
     thread::spawn(move || {
         let mut buffer = [0; 2048];
@@ -91,9 +113,7 @@ pub fn udp(address: SocketAddr, identity: String) -> io::Result<()> {
                 continue;
             };
             answer.clear();
-            answer.extend_from_slice(identity.as_bytes());
-            answer.push(b' ');
-            answer.extend_from_slice(buffer.get(..length).unwrap_or_default());
+            write(buffer.get(..length).unwrap_or_default(), from, &mut answer);
             drop(socket.send_to(&answer, from));
         }
     });

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, BufRead, Write},
+    net::{Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
@@ -9,7 +10,11 @@ use super::{
     protocol::{Request, Response},
     sockets::Sockets,
 };
-use crate::{load::Loads, server};
+use crate::{load::Loads, sctp, server};
+
+/// Where associations come from.
+const FIRST_PORT: u16 = 40_000;
+const PORTS: u16 = 20_000;
 
 /// The helper's process: answers requests until its input ends.
 ///
@@ -43,6 +48,7 @@ fn errno_of(error: &io::Error) -> Option<i32> {
 struct State {
     sockets: Sockets,
     loads: Loads,
+    associations: u16,
 }
 
 impl State {
@@ -50,10 +56,22 @@ impl State {
         let sockets = &mut self.sockets;
         match request {
             Request::ServeTcp { address, identity } => server::tcp(address, &identity)?,
-            Request::ServeTcpSources { address, identity } => {
-                server::tcp_sources(address, identity)?;
+            Request::ServeSources { port, identity } => {
+                let everywhere = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+                server::tcp_sources(everywhere, identity.clone())?;
+                server::udp_sources(everywhere, identity.clone())?;
+                for v6 in [false, true] {
+                    sctp::serve_sources(v6, port, identity.clone())?;
+                }
             }
             Request::ServeUdp { address, identity } => server::udp(address, identity)?,
+            Request::AskSctp { to, patience_ms } => {
+                // Another port each time, or conntrack knows the flow already.
+                self.associations = self.associations.wrapping_add(1);
+                let source = FIRST_PORT + self.associations % PORTS;
+                let text = sctp::ask(source, to, Duration::from_millis(patience_ms))?;
+                return Ok(Response::Received { from: None, text });
+            }
             Request::TcpOpen {
                 to,
                 bind,

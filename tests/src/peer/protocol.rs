@@ -14,13 +14,17 @@ pub(super) enum Request {
         address: SocketAddr,
         identity: String,
     },
-    ServeTcpSources {
-        address: SocketAddr,
+    ServeSources {
+        port: u16,
         identity: String,
     },
     ServeUdp {
         address: SocketAddr,
         identity: String,
+    },
+    AskSctp {
+        to: SocketAddr,
+        patience_ms: u64,
     },
     TcpOpen {
         to: SocketAddr,

@@ -9,11 +9,14 @@ use std::{
 
 use anyhow::{Context, ensure};
 use proxy_tests::{
-    Peer, Pod, Scenario, Service,
-    flows::{Client, Flow, Kind, Outcome, Setting, Target, exists, expected},
+    Peer, Pod, Scenario, Service, flannel,
+    flows::{
+        Client, Flow, Kind, Outcome, Reached, Setting, Target, exists, expected, expected_of_sctp,
+    },
     left_untranslated,
     peer::PATIENCE,
-    scenario::{POD_NETWORKS, SOURCES, TCP, UDP, UDP_TARGET, in_family},
+    scenario::{POD_NETWORKS, SCTP, SOON, SOURCES, TCP, TCP_TARGET, UDP},
+    wait_for,
 };
 use serde_json::json;
 
@@ -21,32 +24,45 @@ use serde_json::json;
 const OFTEN: usize = 28;
 /// A dropped packet is sent again after a second.
 const SILENCE: Duration = Duration::from_millis(400);
+/// An INIT is sent once, and answered within a millisecond.
+const SILENCE_OF_SCTP: Duration = Duration::from_millis(80);
+
+/// What the nodes are like before the agent starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ground {
+    /// Without a rule.
+    Bare,
+    /// With flannel's rules, and a firewall that forwards nothing else.
+    Flannel,
+    /// kubelet keeps its rules in the legacy tables.
+    Legacy,
+}
 
 #[test]
 #[ignore = "needs root and eBPF"]
-fn base() {
-    run("flows-base", true, false);
+fn base_behind_flannels_rules() {
+    run("flows-base", Ground::Flannel, true, false);
 }
 
 #[test]
 #[ignore = "needs root and eBPF"]
 fn without_a_detector() {
-    run("flows-no-detector", false, false);
+    run("flows-no-detector", Ground::Bare, false, false);
 }
 
 #[test]
 #[ignore = "needs root and eBPF"]
-fn masquerade_all() {
-    run("flows-all", true, true);
+fn masquerade_all_in_legacy_tables() {
+    run("flows-all", Ground::Legacy, true, true);
 }
 
 #[test]
 #[ignore = "needs root and eBPF"]
 fn masquerade_all_without_a_detector() {
-    run("flows-all-no-detector", false, true);
+    run("flows-all-no-detector", Ground::Bare, false, true);
 }
 
-fn run(name: &str, detector: bool, masquerade_all: bool) {
+fn run(name: &str, ground: Ground, detector: bool, masquerade_all: bool) {
     for (ebpf, v6) in [(true, false), (true, true), (false, false), (false, true)] {
         let setting = Setting {
             ebpf,
@@ -62,7 +78,25 @@ fn run(name: &str, detector: bool, masquerade_all: bool) {
         if masquerade_all {
             args.push("--masquerade-all");
         }
-        in_family(name, v6, &args, |s| matrix(s, setting));
+        let body = |s: &mut Scenario| -> anyhow::Result<()> {
+            prepare(s, ground)?;
+            s.agent.spawn()?;
+            s.agent.wait_ready()?;
+            matrix(s, setting)
+        };
+        let mut s = Scenario::without_agent(name, v6, &args).expect("a cluster");
+        body(&mut s).unwrap_or_else(|error| panic!("{ground:?}: {error:?}"));
+    }
+}
+
+fn prepare(s: &Scenario, ground: Ground) -> anyhow::Result<()> {
+    match ground {
+        Ground::Bare => Ok(()),
+        Ground::Flannel => [&s.a, &s.b].into_iter().try_for_each(flannel::make_rules),
+        Ground::Legacy => {
+            let hint = ["-t", "mangle", "-N", "KUBE-IPTABLES-HINT"];
+            s.a.output("iptables-legacy", &hint).map(drop)
+        }
     }
 }
 
@@ -80,7 +114,9 @@ fn service(s: &Scenario, kind: Kind) -> Service {
     let service = Service::new(&format!("web-{number}"), &[s.vip(number)])
         .port("http", "TCP", TCP, SOURCES)
         .node_port(node_port(kind))
-        .port("dns", "UDP", UDP, UDP_TARGET)
+        .port("dns", "UDP", UDP, SOURCES)
+        .node_port(node_port(kind))
+        .port("diameter", "SCTP", SCTP, SOURCES)
         .node_port(node_port(kind))
         .load_balancer(s.outside(number), "VIP")
         .spec("externalIPs", json!([s.outside(100 + number)]));
@@ -110,7 +146,7 @@ fn matrix(s: &Scenario, setting: Setting) -> anyhow::Result<()> {
     for kind in Kind::ALL {
         s.manifests.put(&service(s, kind))?;
     }
-    s.settle_rules()?;
+    settle(s)?;
     let peers = [s.client.peer()?, s.a.peer()?, outsider.peer()?];
     for (client, peer) in Client::ALL.into_iter().zip(&peers) {
         // The node has several addresses, and each is its own.
@@ -127,9 +163,8 @@ fn matrix(s: &Scenario, setting: Setting) -> anyhow::Result<()> {
                     kind,
                 };
                 if exists(flow) {
-                    let wanted = expected(flow, setting);
-                    let context = || format!("{flow:?} {setting:?}: wanted {wanted}");
-                    probe(s, peer, own, flow, wanted).with_context(context)?;
+                    let context = || format!("{flow:?} {setting:?}");
+                    probe(s, peer, own, flow, setting).with_context(context)?;
                 }
             }
         }
@@ -154,6 +189,17 @@ route add 2001:db8::/64 via {v6}
     ))
 }
 
+/// What is written last is the last to be served.
+fn settle(s: &Scenario) -> anyhow::Result<()> {
+    let marker = Service::new("marker", &[s.vip(200)]).port("marker", "TCP", TCP, TCP_TARGET);
+    s.manifests.put(&marker.endpoint(s.endpoint(&s.near)))?;
+    let client = s.client.peer()?;
+    wait_for("the marker is served", SOON, || {
+        Ok(client.ask_tcp((s.vip(200), TCP).into())?)
+    })?;
+    s.wait_idle()
+}
+
 fn address(s: &Scenario, flow: Flow, port: u16) -> SocketAddr {
     let number = number(flow.kind);
     let address = match flow.target {
@@ -171,40 +217,60 @@ fn probe(
     peer: &Peer,
     own: Option<IpAddr>,
     flow: Flow,
-    wanted: Outcome,
+    setting: Setting,
 ) -> anyhow::Result<()> {
     let (tcp, udp) = (address(s, flow, TCP), address(s, flow, UDP));
+    let sctp = address(s, flow, SCTP);
+    let (wanted, of_sctp) = (expected(flow, setting), expected_of_sctp(flow, setting));
+    let context = |protocol, to, wanted| format!("{protocol} to {to}, wanted {wanted}");
+    let served = |ask: &dyn Fn() -> io::Result<String>, by: Reached, masqueraded: bool| {
+        let mut answered = BTreeSet::new();
+        for _ in 0..OFTEN {
+            let answer = ask()?;
+            let (pod, source) = answer.trim_end().split_once(' ').context("no source")?;
+            let source: IpAddr = source.parse()?;
+            if let Some(own) = own {
+                ensure!((source != own) == masqueraded, "{pod} sees {source}");
+            }
+            answered.insert(pod.to_owned());
+        }
+        ensure!(answered.iter().eq(by.pods()), "{answered:?}");
+        Ok(())
+    };
     let connect = |patience| peer.connect_tcp_from(tcp, None, patience);
     match wanted {
         Outcome::Served { by, masqueraded } => {
-            let pods: BTreeSet<&str> = by.pods().iter().copied().collect();
-            let mut answered = BTreeSet::new();
-            for _ in 0..OFTEN {
-                let answer = peer.ask_tcp(tcp).with_context(|| format!("TCP to {tcp}"))?;
-                let (pod, source) = answer.split_once(' ').context("no source")?;
-                let source: IpAddr = source.parse()?;
-                if let Some(own) = own {
-                    ensure!((source != own) == masqueraded, "{pod} sees {source}");
-                }
-                answered.insert(pod.to_owned());
-            }
-            ensure!(answered.iter().eq(&pods), "TCP to {tcp}: {answered:?}");
-            let mut answered = BTreeSet::new();
-            for _ in 0..OFTEN {
-                answered.insert(peer.ask_udp(udp).with_context(|| format!("UDP to {udp}"))?);
-            }
-            ensure!(answered.iter().eq(&pods), "UDP to {udp}: {answered:?}");
-            Ok(())
+            let ask = || peer.ask_tcp(tcp);
+            served(&ask, by, masqueraded).with_context(|| context("TCP", tcp, wanted))?;
+            let ask = || {
+                let socket = peer.open_udp_for(udp)?;
+                socket.send_to("?", udp)?;
+                Ok(socket.receive(PATIENCE)?.0)
+            };
+            served(&ask, by, masqueraded).with_context(|| context("UDP", udp, wanted))
         }
         // A refusal that comes while connect() still holds the socket is heard at the second attempt, a second later.
-        Outcome::Refused => fails(connect(PATIENCE), |error| {
-            error.raw_os_error() == Some(libc::ECONNREFUSED)
-        }),
-        Outcome::Dropped => fails(connect(SILENCE), |error| {
-            error.raw_os_error() == Some(libc::ETIMEDOUT)
-        }),
+        Outcome::Refused => fails(connect(PATIENCE), is_refused),
+        Outcome::Dropped => fails(connect(SILENCE), is_silence),
         Outcome::Untouched => fails(connect(PATIENCE), left_untranslated),
     }
+    .with_context(|| context("TCP", tcp, wanted))?;
+    let ask = |patience| peer.ask_sctp(sctp, patience);
+    match of_sctp {
+        Outcome::Served { by, masqueraded } => served(&|| ask(PATIENCE), by, masqueraded),
+        Outcome::Refused => fails(ask(PATIENCE), is_refused),
+        Outcome::Dropped => fails(ask(SILENCE_OF_SCTP), is_silence),
+        Outcome::Untouched => fails(ask(SILENCE_OF_SCTP), left_untranslated),
+    }
+    .with_context(|| context("SCTP", sctp, of_sctp))
+}
+
+fn is_refused(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ECONNREFUSED)
+}
+
+fn is_silence(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ETIMEDOUT)
 }
 
 fn fails<T: std::fmt::Debug>(
