@@ -8,6 +8,7 @@ mod files;
 mod flows;
 mod guard;
 mod health_checks;
+mod invalid;
 mod lease;
 mod node_port;
 mod opt_out;
