@@ -10,6 +10,7 @@ mod guard;
 mod health_checks;
 mod invalid;
 mod lease;
+mod many_endpoints;
 mod node_port;
 mod opt_out;
 mod outputs;
