@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod bench;
+pub mod bystander;
 pub mod demo;
 pub mod flannel;
 pub mod flows;
@@ -22,6 +23,7 @@ pub mod raw;
 pub mod scenario;
 pub mod sctp;
 pub mod server;
+pub mod tools;
 pub mod topology;
 
 pub use agent::Agent;

@@ -1,15 +1,12 @@
 //! The agent is gone for good: for how long the hooks are believed.
 
-use std::{
-    fs::{self, Permissions},
-    os::unix::fs::PermissionsExt as _,
-    time::Duration,
-};
+use std::time::Duration;
 
 use anyhow::ensure;
 use proxy_tests::{
     Agent, Scenario, let_run,
     scenario::{SOON, each_family_with, in_family, reaches},
+    tools::Tools,
     wait_for,
 };
 
@@ -94,15 +91,8 @@ fn without_a_packet_layer_the_lease_is_not_armed_and_the_node_is_served() {
         s.settle_packets()?;
         wait_armed(s)?;
         s.agent.stop()?;
-        let tools = s.topology.state_dir().join("tools");
-        fs::create_dir(&tools)?;
-        let broken = tools.join("iptables");
-        fs::write(
-            &broken,
-            "#!/bin/sh\necho no such kernel module >&2\nexit 3\n",
-        )?;
-        fs::set_permissions(&broken, Permissions::from_mode(0o755))?;
-        s.agent.prefer(&tools)?;
+        let broken = "echo no such kernel module >&2; exit 3";
+        Tools::new(s)?.put("iptables", broken)?;
         s.agent.spawn()?;
         s.agent.wait_ready()?;
         s.agent.wait_log("no such kernel module")?;

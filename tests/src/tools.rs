@@ -1,0 +1,44 @@
+//! Programs that an agent finds before those of the machine.
+
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use crate::Scenario;
+
+/// A folder of scripts.
+#[derive(Debug)]
+pub struct Tools(PathBuf);
+
+impl Tools {
+    /// An empty folder, which the scenario's agent prefers from its next start on.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn new(s: &mut Scenario) -> anyhow::Result<Self> {
+        let folder = s.topology.state_dir().join("tools");
+        fs::create_dir(&folder)?;
+        s.agent.prefer(&folder)?;
+        Ok(Self(folder))
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.0
+    }
+
+    /// Makes a program of a shell's script.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn put(&self, name: &str, script: &str) -> anyhow::Result<()> {
+        let draft = self.0.join("draft");
+        fs::write(&draft, format!("#!/bin/sh\n{script}\n"))?;
+        fs::set_permissions(&draft, Permissions::from_mode(0o755))?;
+        // At once: a program that is being written cannot be run.
+        fs::rename(&draft, self.0.join(name))?;
+        Ok(())
+    }
+}
