@@ -2,6 +2,7 @@
 
 mod affinity;
 mod bad_ground;
+mod bad_tables;
 mod bad_tools;
 mod cluster_ip;
 mod external;
