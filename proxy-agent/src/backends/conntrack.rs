@@ -110,8 +110,15 @@ impl Cleaner {
         for (port, service) in meant {
             let before = self.known.insert(port.clone(), without_backends(service));
             let had_rules = before.is_some_and(|before| before.frontends == service.frontends);
-            if services.is_none() || !had_rules || port.protocol == Protocol::Udp {
-                self.waiting.insert(port.clone(), service.clone());
+            match port.protocol {
+                Protocol::Udp => {
+                    self.waiting.insert(port.clone(), service.clone());
+                }
+                // Who serves does not matter for these.
+                Protocol::Tcp | Protocol::Sctp if services.is_none() || !had_rules => {
+                    self.waiting.insert(port.clone(), without_backends(service));
+                }
+                Protocol::Tcp | Protocol::Sctp => {}
             }
         }
     }
