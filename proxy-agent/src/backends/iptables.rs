@@ -103,7 +103,8 @@ pub struct IptablesBackend<T> {
     found: Vec<(LeafKey, Leaf)>,
     /// The order of the tables in the next apply.
     filter_first: bool,
-    /// Chains of the next apply that were not there when it was planned.
+    /// Chains of the next apply that were not there when it was planned; noted only where they may be too many for one
+    /// transaction.
     absent: BTreeSet<Key>,
     left_out: BTreeMap<ServicePort, String>,
     /// None while nobody else is looked out for.
@@ -230,7 +231,10 @@ impl<T: Tables> Backend for IptablesBackend<T> {
         }
         let upserts = plan.upserts.iter().map(|(key, _)| key);
         let absent = upserts.filter(|key| !observed.contains_key(key));
-        self.absent = absent.cloned().collect();
+        self.absent = match self.piece(plan.upserts.len()) {
+            Some(_) => absent.cloned().collect(),
+            None => BTreeSet::new(),
+        };
         plan
     }
 

@@ -1,8 +1,8 @@
 //! Many chains at once, in pieces.
 //!
-//! `iptables-nft-restore` walks a sorted list of all chains that its input names, once for each line: what 500 chains take
-//! grows with the square of their number. So new chains go in ahead of a transaction, when nothing leads to them yet, and
-//! old ones go after it, when nothing does any more. What packets meet still changes in one step.
+//! `iptables-nft-restore` walks a sorted list of all chains that its input names, once for each line, so its time grows with
+//! the square of their number. Therefore many new chains go in ahead of a transaction, when nothing leads to them yet, and
+//! many old ones go after it, when nothing does any more. What packets meet still changes in one step.
 
 use std::fmt::{Display, Write as _};
 
@@ -31,8 +31,7 @@ impl<T: Tables> IptablesBackend<T> {
         let Some(piece) = self.piece(new.len()) else {
             return Ok(());
         };
-        let all = new.iter().rev().map(|name| format!(":{name} - [0:0]"));
-        if !self.goes_in(family, table, all)? {
+        if !self.goes_in(family, table, new.iter().rev().map(empty))? {
             return Ok(());
         }
         for names in new.chunks(piece) {
@@ -77,23 +76,18 @@ impl<T: Tables> IptablesBackend<T> {
             return Ok(true);
         };
         // All are emptied before one goes, because they lead to each other.
-        for names in old.chunks(piece) {
-            let emptied = names.iter().rev().map(|name| format!(":{name} - [0:0]"));
-            if !self.goes_in(family, table, emptied)? {
-                return Ok(false);
-            }
-        }
-        for names in old.chunks(piece) {
-            let removed = names.iter().rev().map(|name| format!("-X {name}"));
-            if !self.goes_in(family, table, removed)? {
-                return Ok(false);
+        for line in [empty as fn(&ChainName) -> String, remove] {
+            for names in old.chunks(piece) {
+                if !self.goes_in(family, table, names.iter().rev().map(line))? {
+                    return Ok(false);
+                }
             }
         }
         Ok(true)
     }
 
     /// Chains of a piece, if `count` are more than one.
-    fn piece(&self, count: usize) -> Option<usize> {
+    pub(super) fn piece(&self, count: usize) -> Option<usize> {
         self.tables.piece().filter(|piece| count > *piece)
     }
 
@@ -115,4 +109,13 @@ impl<T: Tables> IptablesBackend<T> {
             Err(RestoreError::Failed(error)) => Err(error),
         }
     }
+}
+
+/// The line that makes a chain, or empties it.
+fn empty(name: &ChainName) -> String {
+    format!(":{name} - [0:0]")
+}
+
+fn remove(name: &ChainName) -> String {
+    format!("-X {name}")
 }
