@@ -12,30 +12,32 @@ pub mod rules;
 pub mod start;
 pub mod update;
 
-use std::process::Stdio;
+use std::{
+    path::PathBuf,
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use serde::de::DeserializeOwned;
 
-use crate::Pod;
+/// The bench's own binary, which has the parts that need a process of their own.
+fn own_binary() -> Result<PathBuf> {
+    std::env::current_exe().context("cannot find the bench's own binary")
+}
 
-/// Runs the bench's own binary in a pod: what it prints, as JSON.
+/// What a process of [`own_binary`] prints, as JSON.
 ///
 /// # Errors
 /// It cannot be run, does not succeed, or prints something else.
-fn output_of<T: DeserializeOwned>(pod: &Pod, args: &[&str]) -> Result<T> {
-    let own = std::env::current_exe().context("cannot find the bench's own binary")?;
-    let output = pod
-        .place()
-        .command(own)?
-        .args(args)
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run the client")?;
+fn output_of<T: DeserializeOwned>(mut command: Command, args: &[&str]) -> Result<T> {
+    let part = args.first().copied().unwrap_or_default();
+    let output = command.args(args).stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("cannot run {part}"))?;
     ensure!(
         output.status.success(),
-        "the client ended with {}",
+        "{part} ended with {}",
         output.status
     );
-    serde_json::from_slice(&output.stdout).context("the client did not print what it measured")
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("{part} did not print what it measured"))
 }

@@ -13,9 +13,21 @@ use crate::{
 };
 
 const NUMBER: u8 = 99;
-const NODE_PORT: u16 = 30_099;
 /// Between two connections of a client: some hundred a second leave the cores to the others.
 const PAUSE: Duration = Duration::from_millis(3);
+
+/// A Service at `vip(number)` whose endpoint, port `target` of the near pod, is reached by a node port, too.
+pub fn web(s: &Scenario, number: u8, target: u16) -> Service {
+    Service::new(&format!("web-{number}"), &[s.vip(number)])
+        .port("http", "TCP", TCP, target)
+        .node_port(node_port(number))
+        .endpoint(s.endpoint(&s.near))
+}
+
+/// The node port of [`web`].
+pub fn node_port(number: u8) -> u16 {
+    30_000 + u16::from(number)
+}
 
 /// Two clients who connect all the time.
 #[derive(Debug)]
@@ -30,16 +42,16 @@ impl Bystanders {
     /// # Errors
     /// They are not served in time.
     pub fn start(s: &Scenario) -> anyhow::Result<Self> {
-        let service = Service::new("bystander", &[s.vip(NUMBER)])
-            .port("http", "TCP", TCP, TCP_TARGET)
-            .node_port(NODE_PORT)
-            .endpoint(s.endpoint(&s.near));
-        s.manifests.put(&service)?;
+        s.manifests.put(&web(s, NUMBER, TCP_TARGET))?;
         let outsider = s.topology.outsider()?;
         let mut loads = Vec::new();
         for (name, peer, to) in [
             ("pod", s.client.peer()?, (s.vip(NUMBER), TCP)),
-            ("outsider", outsider.peer()?, (s.a.address(s.v6), NODE_PORT)),
+            (
+                "outsider",
+                outsider.peer()?,
+                (s.a.address(s.v6), node_port(NUMBER)),
+            ),
         ] {
             loads.push((name, serve_and_load(&peer, to.into())?));
         }
@@ -49,6 +61,19 @@ impl Bystanders {
     /// The client outside.
     pub fn outsider(&self) -> &Pod {
         &self.outsider
+    }
+
+    /// Waits until a pod and somebody outside reach [`web`] number `number`.
+    ///
+    /// # Errors
+    /// They do not in time.
+    pub fn wait_served(&self, s: &Scenario, number: u8) -> anyhow::Result<()> {
+        let (pod, outsider) = (s.client.peer()?, self.outsider.peer()?);
+        wait_for("the Service is served", SOON, || {
+            pod.ask_tcp((s.vip(number), TCP).into())?;
+            outsider.ask_tcp((s.a.address(s.v6), node_port(number)).into())?;
+            Ok(())
+        })
     }
 
     /// Stops them.

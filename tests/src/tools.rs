@@ -6,21 +6,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::Scenario;
+use crate::Agent;
 
 /// A folder of scripts.
 #[derive(Debug)]
 pub struct Tools(PathBuf);
 
 impl Tools {
-    /// An empty folder, which the scenario's agent prefers from its next start on.
+    /// Makes the folder, which an agent prefers from its next start on.
     ///
     /// # Errors
     /// It cannot be made.
-    pub fn new(s: &mut Scenario) -> anyhow::Result<Self> {
-        let folder = s.topology.state_dir().join("tools");
+    pub fn new(folder: PathBuf, agent: &mut Agent) -> anyhow::Result<Self> {
         fs::create_dir(&folder)?;
-        s.agent.prefer(&folder)?;
+        agent.prefer(&folder)?;
         Ok(Self(folder))
     }
 

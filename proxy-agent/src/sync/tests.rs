@@ -276,6 +276,10 @@ fn the_audit_repairs_what_somebody_else_changed() {
 
 #[test]
 fn what_the_kernel_refuses_is_tried_again_soon_then_seldom_and_is_nobodys_drift() {
+    let audit = || Turn {
+        changes: 0,
+        ..turn(part(&[]), true)
+    };
     let wanted = world(&[("a", 1), ("b", 1)]);
     let mut bench = Bench::new(&world(&[]));
     bench.memory().refused = world(&[("b", 1)]).rendered().into_keys().collect();
@@ -285,24 +289,12 @@ fn what_the_kernel_refuses_is_tried_again_soon_then_seldom_and_is_nobodys_drift(
     for _ in 0..3 {
         waits.push((due.until - bench.now).as_millis());
         bench.now = due.until;
-        due = bench.turn(
-            &wanted,
-            Turn {
-                changes: 0,
-                ..turn(part(&[]), true)
-            },
-        );
+        due = bench.turn(&wanted, audit());
     }
     assert_eq!(waits, [10, 20, 40]);
     bench.memory().refused.clear();
     bench.now = due.until;
-    due = bench.turn(
-        &wanted,
-        Turn {
-            changes: 0,
-            ..turn(part(&[]), true)
-        },
-    );
+    due = bench.turn(&wanted, audit());
     assert_eq!(*bench.entries(), wanted.rendered());
     assert_eq!(due.until - bench.now, AUDIT_EVERY);
     assert_eq!(bench.layer.metrics.drift_repairs.get(), 0);

@@ -21,7 +21,7 @@ use serde_json::json;
 
 use super::{
     cluster::{Cluster, PORT, TARGET_PORT},
-    output_of,
+    output_of, own_binary,
     report::{Report, Target, percentile, ratio},
 };
 use crate::{Agent, Manifests, Pod, Topology, wait_for};
@@ -57,10 +57,9 @@ pub fn run() -> Result<bool> {
     let mut topology = Topology::new("bench-connect")?;
     let node = topology.node("node-a")?;
     let (client, server) = (node.pod("client")?, node.pod("server")?);
-    let own = std::env::current_exe().context("cannot find the bench's own binary")?;
     let mut serving = server
         .place()
-        .command(&own)?
+        .command(own_binary()?)?
         .args([
             "connect-server",
             &format!("{}:{TARGET_PORT}", server.v4()),
@@ -112,7 +111,7 @@ pub fn run() -> Result<bool> {
 
 fn measure(client: &Pod, server: Ipv4Addr, services: u32) -> Result<Vec<Pair>> {
     output_of(
-        client,
+        client.place().command(own_binary()?)?,
         &["connect-client", &server.to_string(), &services.to_string()],
     )
 }

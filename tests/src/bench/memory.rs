@@ -3,9 +3,9 @@
 
 mod agent;
 
-use std::{fs, net::Ipv4Addr, process::Stdio, time::Duration};
+use std::{fs, net::Ipv4Addr, process::Command, time::Duration};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use proxy_agent::{backends::ebpf::view::PinnedMaps, model::Objects};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -13,6 +13,7 @@ use serde_json::json;
 use super::{
     cluster::{Cluster, slice},
     engine::{self, Engine},
+    output_of, own_binary,
     report::{Report, Target},
 };
 use crate::{Topology, wait_for};
@@ -37,22 +38,9 @@ struct Usage {
 pub fn run() -> Result<bool> {
     let mut report = Report::new("memory");
     for (services, endpoints, limit) in [(10_000, 10, 60.0), (5_000, 50, 120.0)] {
-        let own = std::env::current_exe().context("cannot find the bench's own binary")?;
-        let output = std::process::Command::new(own)
-            .args([
-                "memory-engine",
-                &services.to_string(),
-                &endpoints.to_string(),
-            ])
-            .stderr(Stdio::inherit())
-            .output()
-            .context("cannot run the engine")?;
-        ensure!(
-            output.status.success(),
-            "the engine ended with {}",
-            output.status
-        );
-        let usage: Usage = serde_json::from_slice(&output.stdout).context("no usage printed")?;
+        let command = Command::new(own_binary()?);
+        let (of_services, of_endpoints) = (services.to_string(), endpoints.to_string());
+        let usage: Usage = output_of(command, &["memory-engine", &of_services, &of_endpoints])?;
         let total = services * endpoints;
         report.row(json!({
             "services": services, "endpoints": total,

@@ -22,7 +22,7 @@ use serde_json::json;
 use super::{
     cluster::{Cluster, NODE_PORT, TARGET_PORT},
     conntrack::Raised,
-    output_of,
+    output_of, own_binary,
     proxies::{Proxy, Running},
     report::{Ratio, Report, Target, percentile, ratio},
 };
@@ -246,7 +246,8 @@ fn serve(topology: &Topology, nodes: &[(Proxy, Node)], services: u32) -> Result<
 }
 
 fn run_client(client: &Pod, plan: &Plan) -> Result<Rounds> {
-    output_of(client, &["packets-client", &serde_json::to_string(plan)?])
+    let command = client.place().command(own_binary()?)?;
+    output_of(command, &["packets-client", &serde_json::to_string(plan)?])
 }
 
 /// The server process in a pod of a node.
@@ -257,11 +258,10 @@ impl Server {
         let pod = node.pod("server")?;
         pod.ip(&format!("addr add {BACKEND}/32 dev eth0\n"))?;
         node.ip(&format!("route add {BACKEND}/32 dev cni0\n"))?;
-        let own = std::env::current_exe().context("cannot find the bench's own binary")?;
         let address = format!("{BACKEND}:{TARGET_PORT}");
         let child = pod
             .place()
-            .command(own)?
+            .command(own_binary()?)?
             .args(["connect-server", &address, &AT_ONCE.to_string()])
             .stdin(Stdio::piped())
             .spawn()

@@ -1,10 +1,7 @@
 //! Bench `update`: one endpoint of 100,000 changes; how long until the kernel knows, and how many of these per second.
 
 use std::{
-    fs::{self, Permissions},
     net::SocketAddr,
-    os::unix::fs::PermissionsExt as _,
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -18,7 +15,7 @@ use super::{
     engine::{self, Engine},
     report::{Report, Target, percentile},
 };
-use crate::{Agent, Manifests, Node, Pod, Topology};
+use crate::{Agent, Manifests, Node, Pod, Topology, tools::Tools};
 
 const CLUSTER: Cluster = Cluster {
     services: 10_000,
@@ -149,11 +146,9 @@ fn sustained(engine: &Engine, kernel: &Kernel, report: &mut Report) -> Result<()
 /// A file is renamed into the folder of a running agent; when does a new connection land on the new endpoint? Two agents take
 /// turns: one with both layers, whose rules are written all the time then, and one that has no packet layer.
 fn from_files(topology: &mut Topology, report: &mut Report) -> Result<()> {
-    let tools = topology.state_dir().join("tools");
-    without_iptables(&tools)?;
     let mut sides = [
-        Followed::start(topology, "alone", Some(&tools))?,
-        Followed::start(topology, "beside", None)?,
+        Followed::start(topology, "alone", false)?,
+        Followed::start(topology, "beside", true)?,
     ];
     for _ in 0..ROUNDS {
         for side in &mut sides {
@@ -179,14 +174,6 @@ fn from_files(topology: &mut Topology, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// A folder with an `iptables` that does not work.
-fn without_iptables(folder: &Path) -> Result<()> {
-    fs::create_dir(folder)?;
-    let broken = folder.join("iptables");
-    fs::write(&broken, "#!/bin/sh\nexit 3\n")?;
-    Ok(fs::set_permissions(&broken, Permissions::from_mode(0o755))?)
-}
-
 /// An agent that follows a folder, and the Service that changes.
 struct Followed {
     agent: Agent,
@@ -199,8 +186,8 @@ struct Followed {
 }
 
 impl Followed {
-    /// Programs in `tools` come before those of the machine.
-    fn start(topology: &mut Topology, name: &str, tools: Option<&Path>) -> Result<Self> {
+    /// Without a packet layer its `iptables` does not work.
+    fn start(topology: &mut Topology, name: &str, has_packets: bool) -> Result<Self> {
         let node = topology.node(name)?;
         let (client, servers) = (node.pod("client")?, [node.pod("blue")?, node.pod("green")?]);
         for pod in &servers {
@@ -210,17 +197,14 @@ impl Followed {
         let cluster = CLUSTER.manifest_to(servers[0].v4());
         manifests.write("cluster.json", &cluster.to_string())?;
         let mut agent = Agent::new(&node, &manifests, &[])?;
-        if let Some(tools) = tools {
-            agent.prefer(tools)?;
+        if !has_packets {
+            let tools = topology.state_dir().join("tools");
+            Tools::new(tools, &mut agent)?.put("iptables", "exit 3")?;
         }
         agent.spawn()?;
         agent.wait_ready()?;
-        let is_alone = agent.metric("proxy_agent_mode_info", "packet=\"off\"")? == 1.0;
-        ensure!(
-            is_alone == tools.is_some(),
-            "the wrong layers:\n{}",
-            agent.log()
-        );
+        let is_off = agent.metric("proxy_agent_mode_info", "packet=\"off\"")? == 1.0;
+        ensure!(is_off != has_packets, "the wrong layers:\n{}", agent.log());
         Ok(Self {
             agent,
             manifests,

@@ -4,10 +4,10 @@ use std::fs;
 
 use anyhow::ensure;
 use proxy_tests::{
-    Scenario, Service,
-    bystander::Bystanders,
+    Scenario,
+    bystander::{Bystanders, web},
     kube::Variant,
-    scenario::{SOON, TCP, TCP_TARGET, in_mode},
+    scenario::{SOON, TCP_TARGET, in_mode},
     wait_for,
 };
 
@@ -60,19 +60,8 @@ impl Node {
 
     /// A Service, served to a pod and to somebody outside.
     fn serve(&self, bystanders: &Bystanders, number: u8) -> anyhow::Result<()> {
-        let s = &self.s;
-        let node_port = 30_000 + u16::from(number);
-        let web = Service::new(&format!("web-{number}"), &[s.vip(number)])
-            .port("http", "TCP", TCP, TCP_TARGET)
-            .node_port(node_port)
-            .endpoint(s.endpoint(&s.near));
-        s.manifests.put(&web)?;
-        let (pod, outsider) = (s.client.peer()?, bystanders.outsider().peer()?);
-        wait_for("the Service is served", SOON, || {
-            pod.ask_tcp((s.vip(number), TCP).into())?;
-            outsider.ask_tcp((s.a.address(s.v6), node_port).into())?;
-            Ok(())
-        })
+        self.s.manifests.put(&web(&self.s, number, TCP_TARGET))?;
+        bystanders.wait_served(&self.s, number)
     }
 }
 

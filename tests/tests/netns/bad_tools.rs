@@ -8,10 +8,10 @@ use nix::{
     unistd::Pid,
 };
 use proxy_tests::{
-    Scenario, Service,
-    bystander::Bystanders,
+    Scenario,
+    bystander::{Bystanders, node_port, web},
     kube::Variant,
-    scenario::{SOON, TCP, TCP_TARGET, fails_with, in_mode, reaches},
+    scenario::{SOON, TCP_TARGET, fails_with, in_mode, reaches},
     tools::Tools,
     wait_for,
 };
@@ -32,7 +32,7 @@ impl BadTool {
         let name = format!("bad-tool-{mode}-{}", variant.name());
         let mut s = Scenario::without_agent(&name, v6, &in_mode(mode))?;
         variant.hint(&s.a)?;
-        let tools = Tools::new(&mut s)?;
+        let tools = Tools::new(s.topology.state_dir().join("tools"), &mut s.agent)?;
         let bad = tools.folder().join("bad");
         let tool = format!(
             "{}-{}-restore",
@@ -59,25 +59,6 @@ impl BadTool {
     fn mend_it(&self) -> anyhow::Result<()> {
         Ok(fs::remove_file(&self.bad)?)
     }
-
-    /// A Service with a node port.
-    fn web(&self, number: u8, target: u16) -> Service {
-        Service::new(&format!("web-{number}"), &[self.s.vip(number)])
-            .port("http", "TCP", TCP, target)
-            .node_port(30_000 + u16::from(number))
-            .endpoint(self.s.endpoint(&self.s.near))
-    }
-
-    /// Waits until a Service answers to a pod and to somebody outside.
-    fn wait_served(&self, bystanders: &Bystanders, number: u8) -> anyhow::Result<()> {
-        let node_port = 30_000 + u16::from(number);
-        let (pod, outsider) = (self.s.client.peer()?, bystanders.outsider().peer()?);
-        wait_for("the Service is served", SOON, || {
-            pod.ask_tcp((self.s.vip(number), TCP).into())?;
-            outsider.ask_tcp((self.s.a.address(self.s.v6), node_port).into())?;
-            Ok(())
-        })
-    }
 }
 
 /// Runs `body` with a bad tool in both modes, once with each family and variant.
@@ -101,9 +82,9 @@ fn what_iptables_refuses_costs_one_service_which_is_named_and_tried_again() {
         s.near.serve_tcp(REFUSED_TARGET)?;
         let bystanders = Bystanders::start(s)?;
         tool.break_it(&format!(":{REFUSED_TARGET}"))?;
-        s.manifests.put(&tool.web(1, REFUSED_TARGET))?;
-        s.manifests.put(&tool.web(2, TCP_TARGET))?;
-        tool.wait_served(&bystanders, 2)?;
+        s.manifests.put(&web(s, 1, REFUSED_TARGET))?;
+        s.manifests.put(&web(s, 2, TCP_TARGET))?;
+        bystanders.wait_served(s, 2)?;
         s.agent.wait_metric(LEFT_OUT, "", |count| count == 1.0)?;
         let log = s.agent.log();
         let told = log
@@ -112,11 +93,11 @@ fn what_iptables_refuses_costs_one_service_which_is_named_and_tried_again() {
         let told = told.with_context(|| log.clone())?;
         ensure!(told.contains("iptables-restore: line ") && told.contains(" failed"));
         ensure!(!log.contains("service=default/web-2"), "{log}");
-        let node_port = (s.a.address(s.v6), 30_001).into();
+        let node_port = (s.a.address(s.v6), node_port(1)).into();
         let outside = bystanders.outsider().ask_tcp(node_port);
         fails_with(outside, libc::ECONNREFUSED)?;
         tool.mend_it()?;
-        tool.wait_served(&bystanders, 1)?;
+        bystanders.wait_served(s, 1)?;
         s.agent.wait_metric(LEFT_OUT, "", |count| count == 0.0)?;
         ensure!(
             s.agent
@@ -134,13 +115,13 @@ fn a_tool_that_crashes_is_told_with_its_signal_and_tried_again() {
         let s = &tool.s;
         let bystanders = Bystanders::start(s)?;
         tool.break_it("")?;
-        s.manifests.put(&tool.web(1, TCP_TARGET))?;
+        s.manifests.put(&web(s, 1, TCP_TARGET))?;
         s.agent.wait_log("ended with signal 11")?;
         let errors = "proxy_agent_sync_errors_total";
         s.agent
             .wait_metric(errors, "packet", |errors| errors >= 1.0)?;
         tool.mend_it()?;
-        tool.wait_served(&bystanders, 1)?;
+        bystanders.wait_served(s, 1)?;
         bystanders.ensure_served()
     });
 }
@@ -152,7 +133,7 @@ fn a_tool_that_hangs_holds_up_nothing_but_rules() {
         let s = &tool.s;
         let bystanders = Bystanders::start(s)?;
         tool.break_it("")?;
-        let web = tool.web(1, TCP_TARGET).port("dns", "UDP", 53, 5353);
+        let web = web(s, 1, TCP_TARGET).port("dns", "UDP", 53, 5353);
         s.manifests.put(&web)?;
         let hung = wait_for("the tool hangs", SOON, || {
             let pid = fs::read_to_string(tool.bad.with_extension("pid"))?;
@@ -168,7 +149,7 @@ fn a_tool_that_hangs_holds_up_nothing_but_rules() {
         tool.mend_it()?;
         // As the agent does when it has waited long enough.
         kill(hung, Signal::SIGKILL)?;
-        tool.wait_served(&bystanders, 1)?;
+        bystanders.wait_served(s, 1)?;
         bystanders.ensure_served()
     });
 }

@@ -13,6 +13,7 @@ use proxy_tests::{
     flows::{
         Client, Flow, Kind, Outcome, Reached, Setting, Target, exists, expected, expected_of_sctp,
     },
+    kube::Variant,
     left_untranslated,
     peer::PATIENCE,
     scenario::{POD_NETWORKS, SCTP, SOON, SOURCES, TCP, TCP_TARGET, UDP},
@@ -93,10 +94,7 @@ fn prepare(s: &Scenario, ground: Ground) -> anyhow::Result<()> {
     match ground {
         Ground::Bare => Ok(()),
         Ground::Flannel => [&s.a, &s.b].into_iter().try_for_each(flannel::make_rules),
-        Ground::Legacy => {
-            let hint = ["-t", "mangle", "-N", "KUBE-IPTABLES-HINT"];
-            s.a.output("iptables-legacy", &hint).map(drop)
-        }
+        Ground::Legacy => Variant::Legacy.hint(&s.a),
     }
 }
 

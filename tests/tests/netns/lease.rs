@@ -92,7 +92,7 @@ fn without_a_packet_layer_the_lease_is_not_armed_and_the_node_is_served() {
         wait_armed(s)?;
         s.agent.stop()?;
         let broken = "echo no such kernel module >&2; exit 3";
-        Tools::new(s)?.put("iptables", broken)?;
+        Tools::new(s.topology.state_dir().join("tools"), &mut s.agent)?.put("iptables", broken)?;
         s.agent.spawn()?;
         s.agent.wait_ready()?;
         s.agent.wait_log("no such kernel module")?;

@@ -14,7 +14,7 @@ use nix::{
 use proxy_tests::{
     Peer, Scenario,
     peer::Socket,
-    scenario::{SOON, TCP, UDP, in_family, in_mode},
+    scenario::{SOON, TCP, UDP, each_family_with, in_mode},
     wait_for,
 };
 
@@ -81,48 +81,46 @@ fn lose_the_untranslated(s: &Scenario) -> anyhow::Result<()> {
 #[test]
 #[ignore = "needs root"]
 fn flows_that_began_without_rules_are_served_once_these_are_there() {
-    for v6 in [false, true] {
-        in_family("untranslated", v6, &MODE, |s| {
-            lose_the_untranslated(s)?;
-            let [web, new] = [("web", 1), ("new", 2)]
-                .map(|(name, number)| s.service(name, number).endpoint(s.endpoint(&s.near)));
-            let to = SocketAddr::from((s.vip(1), TCP));
-            s.manifests.put(&web)?;
-            Client::new(s, 20_000, s.vip(1))?.wait_served()?;
-            let established = s.client.peer()?.connect_tcp(to)?;
-            established.receive(SHORT)?;
+    each_family_with("untranslated", &MODE, |s| {
+        lose_the_untranslated(s)?;
+        let [web, new] = [("web", 1), ("new", 2)]
+            .map(|(name, number)| s.service(name, number).endpoint(s.endpoint(&s.near)));
+        let to = SocketAddr::from((s.vip(1), TCP));
+        s.manifests.put(&web)?;
+        Client::new(s, 20_000, s.vip(1))?.wait_served()?;
+        let established = s.client.peer()?.connect_tcp(to)?;
+        established.receive(SHORT)?;
 
-            // Between two agents.
-            let client = Client::new(s, 20_001, s.vip(1))?;
-            s.agent.stop()?;
-            s.agent.text(&["cleanup"])?;
-            let waits = Peer::start(s.client.place())?;
-            let waits = thread::spawn(move || waits.connect_tcp_from(to, None, SOON).map(drop));
-            client.is_not_served()?;
-            s.agent.spawn()?;
-            client.wait_served()?;
-            let waited = waits.join().expect("the thread does not panic");
-            waited.context("a connection that was tried all the time")?;
+        // Between two agents.
+        let client = Client::new(s, 20_001, s.vip(1))?;
+        s.agent.stop()?;
+        s.agent.text(&["cleanup"])?;
+        let waits = Peer::start(s.client.place())?;
+        let waits = thread::spawn(move || waits.connect_tcp_from(to, None, SOON).map(drop));
+        client.is_not_served()?;
+        s.agent.spawn()?;
+        client.wait_served()?;
+        let waited = waits.join().expect("the thread does not panic");
+        waited.context("a connection that was tried all the time")?;
 
-            // Somebody removes the rules, and the agent is slow to put them back.
-            let client = Client::new(s, 20_002, s.vip(1))?;
-            let agent = Pid::from_raw(s.agent.pid()?.try_into()?);
-            kill(agent, Signal::SIGSTOP)?;
-            let tool = ["iptables", "ip6tables"][usize::from(v6)];
-            s.a.output(tool, &["-t", "nat", "-F"])?;
-            let unserved = client.is_not_served();
-            kill(agent, Signal::SIGCONT)?;
-            unserved?;
-            client.wait_served()?;
+        // Somebody removes the rules, and the agent is slow to put them back.
+        let client = Client::new(s, 20_002, s.vip(1))?;
+        let agent = Pid::from_raw(s.agent.pid()?.try_into()?);
+        kill(agent, Signal::SIGSTOP)?;
+        let tool = ["iptables", "ip6tables"][usize::from(s.v6)];
+        s.a.output(tool, &["-t", "nat", "-F"])?;
+        let unserved = client.is_not_served();
+        kill(agent, Signal::SIGCONT)?;
+        unserved?;
+        client.wait_served()?;
 
-            // Before the agent knows the Service.
-            let client = Client::new(s, 20_003, s.vip(2))?;
-            client.is_not_served()?;
-            s.manifests.put(&new)?;
-            client.wait_served()?;
+        // Before the agent knows the Service.
+        let client = Client::new(s, 20_003, s.vip(2))?;
+        client.is_not_served()?;
+        s.manifests.put(&new)?;
+        client.wait_served()?;
 
-            established.ask().context("the established connection")?;
-            Ok(())
-        });
-    }
+        established.ask().context("the established connection")?;
+        Ok(())
+    });
 }
