@@ -109,9 +109,9 @@ pub(super) struct ServiceNames {
     pub(super) cluster: ChainName,
     /// KUBE-SVL-: to one of this node's endpoints.
     pub(super) local: ChainName,
-    /// KUBE-EXT-: from outside, before a policy is chosen.
+    /// KUBE-EXT-: from outside, with a policy of Local: who reaches which endpoints.
     pub(super) external: ChainName,
-    /// KUBE-FW-: source ranges, before KUBE-EXT-.
+    /// KUBE-FW-: source ranges, before the chain for what comes from outside.
     pub(super) firewall: ChainName,
 }
 

@@ -24,6 +24,10 @@ pub(super) fn is<T>(value: T) -> Option<Is<T>> {
     Some(Is { not: false, value })
 }
 
+pub(super) fn is_not<T>(value: T) -> Option<Is<T>> {
+    Some(Is { not: true, value })
+}
+
 /// A match beside addresses, interface, protocol and port.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Match<'a> {

@@ -6,7 +6,7 @@ use super::{
     super::{
         Key,
         names::{ChainName, INVALID_DROPPED, LOCALHOST_ACCEPTED},
-        rule::{Is, Match, Rule, Target, host, is},
+        rule::{Is, Match, Rule, Target, host, is, is_not},
         tables::Table,
     },
     Body, NodePorts, Rules, Sink,
@@ -313,7 +313,7 @@ fn to_node_ports(rules: &Rules, family: Family, addresses: &BTreeSet<IpAddr>, bo
             let served = family == Family::V4 && rules.localhost_node_ports;
             let loopback = loopback.parse().ok().filter(|_| !served);
             body.push(&Rule {
-                destination: loopback.map(|value| Is { not: true, value }),
+                destination: loopback.and_then(is_not),
                 matches: &[Match::DestinationIsLocal],
                 ..jump
             });

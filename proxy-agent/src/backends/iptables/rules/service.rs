@@ -3,7 +3,7 @@
 use super::{
     super::{
         names::{ChainName, ServiceNames},
-        rule::{Match, Rule, Target, host, is},
+        rule::{Match, Rule, Target, host, is, is_not},
         tables::Table,
     },
     Body, Rules, Sink,
@@ -52,11 +52,13 @@ pub(in super::super) fn render(
         local: of(|backend| backend.state.in_local),
     };
     service.policy_chains(sink);
-    if service.has_external_chain() {
-        service.external_chain(sink);
-    }
-    if service.has_firewall() {
-        service.firewall_chain(sink);
+    if let Some(external) = service.external_target() {
+        if external == service.names.external {
+            service.external_chain(sink);
+        }
+        if service.has_firewall() {
+            service.firewall_chain(external, sink);
+        }
     }
     service.leaves()
 }
@@ -89,17 +91,25 @@ impl<'a> Service<'a> {
         }
     }
 
-    /// Also without an endpoint that the policy reaches: for pods and for the node itself.
-    fn has_external_chain(&self) -> bool {
-        self.is_external() && self.has_endpoints()
+    /// The chain for what came to a node port, a load balancer's address or an external IP, while something serves it.
+    ///
+    /// With a policy of Local also without an endpoint that it reaches: for pods and for the node itself. With one of
+    /// Cluster it is the chain of the endpoints: one less to cross than with kube-proxy's KUBE-EXT-.
+    fn external_target(&self) -> Option<ChainName> {
+        let policy = self.state.external_policy;
+        match policy {
+            _ if !self.is_external() => None,
+            TrafficPolicy::Cluster => {
+                (self.fate(policy) == Fate::Served).then(|| self.chain_of(policy))
+            }
+            TrafficPolicy::Local => self.has_endpoints().then_some(self.names.external),
+        }
     }
 
     /// kube-proxy filters by source only while there are endpoints.
     fn has_firewall(&self) -> bool {
         let mut balanced = self.frontends(FrontendKind::LoadBalancer);
-        !self.state.source_ranges.is_empty()
-            && self.has_external_chain()
-            && balanced.next().is_some()
+        !self.state.source_ranges.is_empty() && balanced.next().is_some()
     }
 
     fn rule(&self, target: Target) -> Rule<'a> {
@@ -132,6 +142,9 @@ impl<'a> Service<'a> {
             if policy == self.state.internal_policy {
                 self.masquerade_to_cluster_ip(&mut body);
             }
+            if self.external_target() == Some(self.chain_of(policy)) {
+                self.masquerade_from_outside(&mut body);
+            }
             choice.render(self.chain_of(policy), members.clone(), body, sink);
         }
         choice.endpoints([self.cluster.clone(), self.local.clone()], sink);
@@ -156,13 +169,21 @@ impl<'a> Service<'a> {
         }
     }
 
-    /// KUBE-EXT-: what came to a node port, a load balancer's address or an external IP.
+    /// An endpoint on another node answers to this one.
+    fn masquerade_from_outside(&self, body: &mut Body) {
+        let mut cluster_ips = self.frontends(FrontendKind::ClusterIp);
+        let cluster_ip = cluster_ips.next().map(|frontend| host(frontend.address));
+        body.push(&Rule {
+            destination: cluster_ip.and_then(is_not),
+            ..self.rule(self.mark())
+        });
+    }
+
+    /// KUBE-EXT-: what came from outside, with a policy of Local.
     fn external_chain(&self, sink: &mut Sink<'_>) {
         let mut body = Body::default();
-        match self.state.external_policy {
-            TrafficPolicy::Cluster => body.push(&self.rule(self.mark())),
-            TrafficPolicy::Local if self.cluster.is_empty() => {}
-            TrafficPolicy::Local => self.short_circuit(&mut body),
+        if !self.cluster.is_empty() {
+            self.short_circuit(&mut body);
         }
         if self.fate(self.state.external_policy) == Fate::Served {
             let chain = self.chain_of(self.state.external_policy);
@@ -190,9 +211,9 @@ impl<'a> Service<'a> {
     }
 
     /// KUBE-FW-: who is not allowed comes out at its end untranslated, and KUBE-PROXY-FIREWALL drops it.
-    fn firewall_chain(&self, sink: &mut Sink<'_>) {
+    fn firewall_chain(&self, external: ChainName, sink: &mut Sink<'_>) {
         let mut body = Body::default();
-        let external = Target::Jump(self.names.external);
+        let external = Target::Jump(external);
         for range in &self.state.source_ranges {
             body.push(&Rule {
                 source: is(range.trunc()),
@@ -269,13 +290,13 @@ impl<'a> Service<'a> {
                 (Root::Services, Root::ExternalRefused, "external IP")
             }
         };
-        if self.has_external_chain() {
+        if let Some(external) = self.external_target() {
             let filtered = frontend.kind == FrontendKind::LoadBalancer && self.has_firewall();
             let chain = if filtered {
                 found.push(self.leaf(Root::Firewall, frontend, Verdict::Drop, "source ranges"));
                 self.names.firewall
             } else {
-                self.names.external
+                external
             };
             found.push(self.leaf(dispatch, frontend, Verdict::Chain(chain), what));
         }

@@ -93,7 +93,7 @@ fn new_chains_lead_nowhere_until_all_are_there_and_old_ones_go_when_nothing_lead
 fn a_refused_piece_costs_nobody_else_anything() {
     let tables = Simulated {
         piece: Some(PIECE),
-        refuses: vec!["-X KUBE-EXT-".to_owned()],
+        refuses: vec!["-X KUBE-SEP-".to_owned()],
         ..Simulated::default()
     };
     let mut backend = IptablesBackend::new(tables, rules());
@@ -101,7 +101,7 @@ fn a_refused_piece_costs_nobody_else_anything() {
     turn(&mut backend, 0..4);
     let kept = |backend: &IptablesBackend<Simulated>| {
         let chains = backend.tables().chains(Family::V4, Table::Nat).keys();
-        chains.filter(|name| name.starts_with("KUBE-EXT-")).count()
+        chains.filter(|name| name.starts_with("KUBE-SEP-")).count()
     };
     assert_eq!(kept(&backend), 40);
     backend.tables_mut().refuses.clear();
