@@ -226,8 +226,8 @@ impl Serving {
         match layers {
             Layers::Packets(host, former) => {
                 let feed = feeds.add(metrics.layer("packet").changes_pending);
-                let place = packet::Place::Alone;
-                let layer = packet::start(host, args, place, feed, metrics, give_way)?;
+                let tools = packet::Tools::Found(host);
+                let layer = packet::start(tools, args, feed, metrics, give_way)?;
                 servers::tell_mode("off", "iptables", reason, metrics);
                 Ok(Self {
                     layers: vec![layer],
@@ -235,7 +235,7 @@ impl Serving {
                     former,
                 })
             }
-            Layers::Sockets(store, host) => {
+            Layers::Sockets(store, tools) => {
                 if args.log_programs {
                     programs_log::start(global.bpf_dir.join("links")).map_err(start("a thread"))?;
                 }
@@ -244,10 +244,9 @@ impl Serving {
                 let reaper = reaper.ok_or(Error::Reaper)?;
                 let (requests, ended) = reaper.split().map_err(start("the reaper"))?;
                 let feed = feeds.add(metrics.layer("socket").changes_pending);
-                let packets = host.map(|host| {
+                let packets = tools.map(|tools| {
                     let feed = feeds.add(metrics.layer("packet").changes_pending);
-                    let place = packet::Place::BesideSockets;
-                    packet::start(host, args, place, feed, metrics, give_way)
+                    packet::start(tools, args, feed, metrics, give_way)
                 });
                 let packets = packets.transpose()?;
                 let terms = socket::Terms {

@@ -1,6 +1,6 @@
 //! Answers from the kernel's state: `dump`, `explain`, `check`, `plan`, `cleanup`. Only the last one changes anything.
 
-use std::{collections::BTreeSet, io, net::IpAddr, path::Path, process::ExitCode};
+use std::{collections::BTreeSet, io, net::IpAddr, path::Path, process::ExitCode, sync::Arc};
 
 use proxy_ebpf::{
     abi::{Addr, MemberWord},
@@ -237,6 +237,7 @@ pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error>
     // Without root there is no namespace to try it in; that is told above.
     if let Ok(host) = Host::for_planning() {
         findings.push(check::affinity(AffinityRoom::of(host.features())));
+        findings.extend(check::families(host.lacks()));
     }
     let mut maps = None;
     if mode != cli::Mode::Iptables {
@@ -336,16 +337,21 @@ pub fn cleanup(global: &cli::Global, args: &cli::Cleanup) -> Result<ExitCode, Er
     kernel::cleanup(&global.bpf_dir)?;
     // One in mode nftables shares nothing with us.
     let is_beside = another.is_some_and(|mode| mode != "nftables");
-    match Host::find(Some(Owner::take()?)) {
-        Ok(host) => {
-            iptables::remove_own(host, is_beside)?;
-            host::accounts::remove()?;
-        }
-        // Without the tools nobody can have made rules.
-        Err(backends::Error::Unusable(_)) => {}
-        Err(error) => return Err(error.into()),
+    let owner = Arc::new(Owner::take()?);
+    // Without the tools nobody can have made rules.
+    if Host::installed().is_ok() {
+        let host = Host::find(Some(owner))?;
+        tell_lacks(&host);
+        iptables::remove_own(host, is_beside)?;
+        host::accounts::remove()?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn tell_lacks(host: &Host) {
+    for (family, error) in host.lacks() {
+        tracing::warn!(%family, error, "these tables cannot be read, and stay as they are");
+    }
 }
 
 fn clean_up_kube_proxy(another: Option<&str>) -> Result<ExitCode, Error> {
@@ -356,6 +362,7 @@ fn clean_up_kube_proxy(another: Option<&str>) -> Result<ExitCode, Error> {
         return Err(backends::Error::Unusable(text).into());
     }
     let mut host = Host::find(None)?;
+    tell_lacks(&host);
     for what in leftovers::remove(&mut host)? {
         tracing::info!(what, "removed");
     }

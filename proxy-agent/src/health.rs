@@ -75,9 +75,22 @@ impl Health {
         }
     }
 
-    /// Why the agent should be restarted; none when it is alive.
+    /// Why load balancers should take another node; none when what they send is served as it should be.
     pub fn stuck(&self, now: Instant) -> Option<String> {
-        self.layers.iter().find_map(|layer| {
+        self.stuck_layers(now).next()
+    }
+
+    /// Why the agent should be restarted; none when it is alive. One layer that fails is no reason: the other one would go
+    /// without an agent, the longer the more often kubelet has to restart it.
+    pub fn dead(&self, now: Instant) -> Option<String> {
+        let stuck: Vec<String> = self.stuck_layers(now).collect();
+        let is_dead = !stuck.is_empty() && stuck.len() == self.layers.len();
+        is_dead.then(|| stuck.join("; "))
+    }
+
+    /// What is wrong with each layer that has failed for too long.
+    fn stuck_layers(&self, now: Instant) -> impl Iterator<Item = String> {
+        self.layers.iter().filter_map(move |layer| {
             let status = layer.borrow();
             let error = status.last_error.as_deref()?;
             let since = status.last_success.unwrap_or(self.started);
@@ -93,14 +106,19 @@ impl Health {
 
 /// `/readyz`, `/livez`, `/healthz`.
 pub fn health_router(health: Health) -> Router {
-    let alive = |State(health): State<Health>| async move { answer(health.stuck(Instant::now())) };
     Router::new()
         .route(
             "/readyz",
             get(|State(health): State<Health>| async move { answer(health.unready()) }),
         )
-        .route("/livez", get(alive))
-        .route("/healthz", get(alive))
+        .route(
+            "/livez",
+            get(|State(health): State<Health>| async move { answer(health.dead(Instant::now())) }),
+        )
+        .route(
+            "/healthz",
+            get(|State(health): State<Health>| async move { answer(health.stuck(Instant::now())) }),
+        )
         .with_state(health)
 }
 
@@ -257,7 +275,26 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_that_fails_for_a_minute_is_not_alive() {
+    fn a_restart_waits_until_every_layer_has_failed_for_a_minute() {
+        let now = Instant::now();
+        let long_ago = now.checked_sub(Duration::from_secs(61)).unwrap();
+        let failing = SyncStatus {
+            last_error: Some("no memory".to_owned()),
+            ..starting()
+        };
+        let mut health = health(failing, SelfTest::Passed, long_ago);
+        assert_eq!(health.dead(now), None);
+        health.layers.remove(0);
+        assert_eq!(
+            health.dead(now).as_deref(),
+            Some("no sync of the packet layer for 61 s: no memory")
+        );
+        health.layers.clear();
+        assert_eq!(health.dead(now), None);
+    }
+
+    #[test]
+    fn a_layer_that_fails_for_a_minute_is_stuck() {
         let now = Instant::now();
         let failing = |last_success| SyncStatus {
             last_error: Some("no memory".to_owned()),

@@ -94,6 +94,8 @@ metrics! {
     problems: Gauge = Gauge::default() => "problems";
     /// Service ports whose rules iptables refuses
     left_out: Gauge = Gauge::default() => "left_out";
+    /// Families of addresses (IPv4, IPv6) that arrive without being served: their tools do not work, or lack tables in the kernel
+    families_failed: Gauge = Gauge::default() => "families_failed";
     /// Health-check node ports of Services that cannot be listened at, because somebody else does or the system refuses
     health_check_ports_failed: Gauge = Gauge::default() => "health_check_ports_failed";
     /// Settings of the host that could not be made: read-only, or not ours to change

@@ -94,9 +94,25 @@ pub struct Due {
     pub until: Instant,
 }
 
+impl SyncStatus {
+    /// Where the layer called `layer` will say how it is doing.
+    pub fn channel(layer: &'static str) -> watch::Sender<Self> {
+        watch::Sender::new(Self {
+            layer,
+            ..Self::default()
+        })
+    }
+}
+
 impl<B: Backend> Layer<B> {
-    /// A layer that has not looked at its kernel yet; `name` is for the log.
-    pub fn new(name: &'static str, backend: B, metrics: LayerMetrics, now: Instant) -> Self {
+    /// A layer that has not looked at its kernel yet, and says in `status` how it is doing.
+    pub fn new(
+        status: watch::Sender<SyncStatus>,
+        backend: B,
+        metrics: LayerMetrics,
+        now: Instant,
+    ) -> Self {
+        let name = status.borrow().layer;
         Self {
             name,
             backend,
@@ -110,10 +126,7 @@ impl<B: Backend> Layer<B> {
             audit_at: now + AUDIT_EVERY,
             quarrel: Quarrel::default(),
             pace: Duration::ZERO,
-            status: watch::Sender::new(SyncStatus {
-                layer: name,
-                ..SyncStatus::default()
-            }),
+            status,
             metrics,
         }
     }

@@ -166,6 +166,12 @@ impl<T: Tables> IptablesBackend<T> {
         &mut self.tables
     }
 
+    /// Serves these families from now on. Whoever calls it has everything planned again.
+    pub fn serve(&mut self, families: BTreeSet<Family>) {
+        self.rules.families = families;
+        self.known = Known::default();
+    }
+
     /// Service ports that the tool refuses, with what it said. They are tried again when everything is planned again.
     pub fn left_out(&self) -> &BTreeMap<ServicePort, String> {
         &self.left_out

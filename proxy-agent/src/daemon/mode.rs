@@ -1,8 +1,8 @@
 //! Which layers serve this node: what was asked for, as far as the node can do it.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
-use super::{Error, place::cgroup};
+use super::{Error, packet::Tools, place::cgroup};
 use crate::{
     backends::{
         self,
@@ -26,8 +26,8 @@ pub struct Opened {
 
 /// What the layers work on.
 pub enum Layers {
-    /// The kernel's maps; and the tools for rules, where they can be had.
-    Sockets(Box<KernelStore>, Option<Host>),
+    /// The kernel's maps; and the tools for rules, where they are installed.
+    Sockets(Box<KernelStore>, Option<Tools>),
     /// The tools for rules, and the hooks that a former mode left.
     Packets(Host, Option<Left>),
 }
@@ -38,7 +38,7 @@ pub enum Layers {
 /// It cannot be had; in mode auto nothing can. Another agent serves this node.
 pub fn open(global: &Global, args: &Run, here: &NodeName) -> Result<Opened, Error> {
     // Before anything is read or changed: one agent for each node.
-    let owner = Owner::take()?;
+    let owner = Arc::new(Owner::take()?);
     match args.layers.mode {
         Mode::Iptables => packets(global, owner, "asked for".to_owned()),
         Mode::Ebpf => match sockets(global, args, here)? {
@@ -58,7 +58,7 @@ pub fn open(global: &Global, args: &Run, here: &NodeName) -> Result<Opened, Erro
     }
 }
 
-fn packets(global: &Global, owner: Owner, reason: String) -> Result<Opened, Error> {
+fn packets(global: &Global, owner: Arc<Owner>, reason: String) -> Result<Opened, Error> {
     let host = Host::open(owner).map_err(|packet| Error::NoPackets {
         packet,
         reason: reason.clone(),
@@ -69,9 +69,9 @@ fn packets(global: &Global, owner: Owner, reason: String) -> Result<Opened, Erro
 }
 
 /// The packet layer beside the socket layer. Without its tools the connections of this node are served all the same.
-fn beside(mut store: KernelStore, owner: Owner, reason: &str) -> Opened {
-    let (host, reason) = match Host::open(owner) {
-        Ok(host) => (Some(host), reason.to_owned()),
+fn beside(mut store: KernelStore, owner: Arc<Owner>, reason: &str) -> Opened {
+    let (tools, reason) = match Host::installed() {
+        Ok(()) => (Some(Tools::Awaited(owner)), reason.to_owned()),
         Err(error) => {
             tracing::error!(
                 error = format!("{error:#}"),
@@ -83,7 +83,7 @@ fn beside(mut store: KernelStore, owner: Owner, reason: &str) -> Opened {
         }
     };
     Opened {
-        layers: Layers::Sockets(Box::new(store), host),
+        layers: Layers::Sockets(Box::new(store), tools),
         reason,
     }
 }

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use nix::unistd::{AccessFlags, access};
@@ -22,8 +22,9 @@ use crate::{
         conntrack::Cleaner,
         iptables::{
             IptablesBackend,
-            host::{Host, affinity::AffinityRoom},
+            host::{Host, Owner, affinity::AffinityRoom, is_in_kernel},
             rules::{Features, LocalPods, NodePorts, Rules},
+            tables::Tables as _,
             watch::Watched,
         },
         process,
@@ -32,8 +33,60 @@ use crate::{
     compile::Compiler,
     metrics::Metrics,
     state::{Family, NodePortAddresses, ServicePort},
-    sync::{Layer, Scope},
+    sync::{Inbox, Layer, Scope, SyncStatus},
 };
+
+/// Where the layer's tools come from.
+#[derive(Debug)]
+pub enum Tools {
+    /// They are here: nothing else serves the node.
+    Found(Host),
+    /// Looked for on the layer's own thread until they work: whatever they lack or wait for is not the socket layer's trouble.
+    Awaited(Arc<Owner>),
+}
+
+impl Tools {
+    fn place(&self) -> Place {
+        match self {
+            Self::Found(_) => Place::Alone,
+            Self::Awaited(_) => Place::BesideSockets,
+        }
+    }
+
+    /// Waits until they work. None if the agent stops first.
+    fn wait(self, inbox: &Inbox, status: &watch::Sender<SyncStatus>) -> Option<Host> {
+        let owner = match self {
+            Self::Found(host) => return Some(host),
+            Self::Awaited(owner) => owner,
+        };
+        let mut wait = FIRST_TRY;
+        loop {
+            let error = match Host::open(Arc::clone(&owner)) {
+                Ok(host) => return Some(host),
+                Err(error) => Some(format!("{error:#}")),
+            };
+            if status.borrow().last_error != error {
+                tracing::error!(
+                    error,
+                    "no packet layer yet: what arrives from outside this node is not served, or as a former agent left it; trying again"
+                );
+                status.send_modify(|status| status.last_error = error);
+            }
+            if inbox.rest(Instant::now() + wait) {
+                return None;
+            }
+            wait = (2 * wait).min(LAST_TRY);
+        }
+    }
+}
+
+/// After the first time that the tools did not work; doubles with each.
+const FIRST_TRY: Duration = Duration::from_secs(1);
+/// Longest wait between two tries of tools that do not work.
+const LAST_TRY: Duration = Duration::from_secs(30);
+
+/// Between two tries of a family whose tools do not work, while the other one's do.
+const TRY_FAMILIES: Duration = Duration::from_secs(5);
 
 /// What serves the node beside this layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,36 +105,19 @@ const NICE: i32 = 10;
 /// # Errors
 /// A flag that another one needs is missing; no thread to be had.
 pub fn start(
-    host: Host,
+    tools: Tools,
     args: &Run,
-    place: Place,
     feed: Feed,
     metrics: &Arc<Metrics>,
     give_way: watch::Sender<bool>,
 ) -> Result<LayerThread, Error> {
-    let rules = rules(
-        &args.sources,
-        &args.layers.packet,
-        place,
-        host.features(),
-        route_localnet,
-    )?;
-    tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
-    if let Some(stale) = host.choice().stale {
-        tracing::warn!("{stale}");
-    }
-    let room = AffinityRoom::of(host.features());
-    metrics.affinity_clients.set(room.clients().into());
-    if room != AffinityRoom::Sets {
-        tracing::warn!("session affinity: {room}");
-    }
-    let is_nft = host.variant().is_nft();
+    let place = tools.place();
+    let rules = rules(&args.sources, &args.layers.packet, place, route_localnet)?;
     let rivals = rival::look_out(args.metrics_bind_address, args.layers.packet.takeover_after);
     let rivals = rivals.map_err(super::start("looking out for other proxies"))?;
-    let backend = IptablesBackend::new(Watched::new(host, is_nft), rules).beside(rivals);
-    let layer = Layer::new("packet", backend, metrics.layer("packet"), Instant::now())
-        .with_pace(args.layers.packet.iptables_min_sync_period);
-    let status = layer.status();
+    let pace = args.layers.packet.iptables_min_sync_period;
+    let status = SyncStatus::channel("packet");
+    let followed = status.subscribe();
     let flows = RefCell::new(cleaner(metrics).map_err(super::start("the conntrack clean-up"))?);
     let metrics = Arc::clone(metrics);
     let work = move || {
@@ -90,6 +126,19 @@ pub fn start(
         {
             tracing::warn!(%error, "the packet layer competes with the socket layer for the cores");
         }
+        let Some(host) = tools.wait(&feed.inbox, &status) else {
+            return;
+        };
+        tell_tools(&host, &metrics);
+        let rules = Rules {
+            families: host.families(),
+            features: host.features(),
+            ..rules
+        };
+        let is_nft = host.variant().is_nft();
+        let backend = IptablesBackend::new(Watched::new(host, is_nft), rules).beside(rivals);
+        let layer = Layer::new(status, backend, metrics.layer("packet"), Instant::now());
+        let layer = layer.with_pace(pace);
         let mut compiler = Compiler::default();
         let compile = |scope: &Scope| {
             let compiled = feed.compile(&mut compiler, scope, &metrics);
@@ -102,18 +151,57 @@ pub fn start(
         };
         let mut told = LeftOut::default();
         let mut beside = Beside::new(give_way, Arc::clone(&metrics));
+        let mut try_families_at = Instant::now() + TRY_FAMILIES;
         layer.run(&feed.inbox, compile, |backend, status| {
             told.tell(backend.left_out(), &metrics);
             beside.tend(backend, status);
+            let mut is_news = false;
+            if Instant::now() >= try_families_at {
+                try_families_at = Instant::now() + TRY_FAMILIES;
+                is_news = backend.tables_mut().try_again();
+            }
+            if is_news {
+                let host = backend.tables().host();
+                tell_families(host, &metrics);
+                backend.serve(host.families());
+                feed.inbox.push(Scope::All);
+            }
             // While a source lacks something the rules keep what they had; what was noted before another proxy took the node is
             // no longer true.
             if status.is_serving && status.last_error.is_none() && !beside.is_observing() {
                 flows.borrow_mut().clean();
             }
-            backend.tables_mut().has_changed()
+            backend.tables_mut().has_changed() || is_news
         });
     };
-    LayerThread::start("packet-layer", status, work).map_err(super::start("the packet layer"))
+    LayerThread::start("packet-layer", followed, work).map_err(super::start("the packet layer"))
+}
+
+fn tell_tools(host: &Host, metrics: &Metrics) {
+    tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
+    if let Some(stale) = host.choice().stale {
+        tracing::warn!("{stale}");
+    }
+    let room = AffinityRoom::of(host.features());
+    metrics.affinity_clients.set(room.clients().into());
+    if room != AffinityRoom::Sets {
+        tracing::warn!("session affinity: {room}");
+    }
+    tell_families(host, metrics);
+}
+
+fn tell_families(host: &Host, metrics: &Metrics) {
+    let mut failed = 0;
+    for (family, error) in host.lacks() {
+        if is_in_kernel(*family) {
+            failed += 1;
+            tracing::error!(%family, error, "what arrives over this family is not served; trying again");
+        } else {
+            tracing::info!(%family, "this kernel does without");
+        }
+    }
+    metrics.families_failed.set(failed);
+    tracing::info!(families = ?host.families(), "served");
 }
 
 /// Forgets the flows that lead to nobody who serves, and counts them.
@@ -140,7 +228,8 @@ fn cleaner(metrics: &Metrics) -> io::Result<Cleaner> {
     })
 }
 
-/// The rules that the flags ask for. `route_localnet` says whether that is set; asked only if it matters.
+/// The rules that the flags ask for, whatever the tools can do. `route_localnet` says whether that is set; asked only if it
+/// matters.
 ///
 /// # Errors
 /// A flag that another one needs is missing.
@@ -148,7 +237,6 @@ pub fn rules(
     sources: &Sources,
     args: &Packet,
     place: Place,
-    features: Features,
     route_localnet: impl FnOnce() -> bool,
 ) -> Result<Rules, Error> {
     let node_ports = NodePortAddresses::new(&sources.nodeport_addresses);
@@ -191,7 +279,7 @@ pub fn rules(
             && node_ports.contain_loopback()
             && route_localnet(),
         conntrack_liberal: is_set(BE_LIBERAL),
-        features,
+        features: Features::default(),
     })
 }
 

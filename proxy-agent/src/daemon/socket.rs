@@ -45,7 +45,8 @@ pub fn start(
     metrics: &Arc<Metrics>,
 ) -> io::Result<LayerThread> {
     let backend = EbpfBackend::new(store);
-    let layer = Layer::new("socket", backend, metrics.layer("socket"), Instant::now());
+    let status = SyncStatus::channel("socket");
+    let layer = Layer::new(status, backend, metrics.layer("socket"), Instant::now());
     let status = layer.status();
     // Those that exist are excluded before the first hook is attached.
     let excluded = Arc::new(Mutex::new(Some(exclusions.cgroups())));

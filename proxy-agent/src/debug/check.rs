@@ -13,8 +13,9 @@ use super::{
 use crate::backends::{
     Error,
     ebpf::probe,
-    iptables::host::{Choice, affinity::AffinityRoom},
+    iptables::host::{Choice, affinity::AffinityRoom, is_in_kernel},
 };
+use crate::state::Family;
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
 /// The agent writes its heartbeat every second; this much later it is late, not merely busy.
@@ -133,6 +134,18 @@ pub fn packets(choice: &Result<Choice, Error>, is_lost: bool) -> Vec<Finding> {
         Err(error) if is_lost => vec![finding(State::Missing, error.to_string())],
         Err(error) => vec![finding(State::Note, error.to_string())],
     }
+}
+
+/// The families that the packet layer cannot serve, and why.
+pub fn families(lacks: &BTreeMap<Family, String>) -> impl Iterator<Item = Finding> {
+    lacks.iter().map(|(family, error)| {
+        let state = match is_in_kernel(*family) {
+            true => State::Missing,
+            false => State::Note,
+        };
+        let detail = format!("what arrives over {family} is not served: {error}");
+        Finding::new("packet layer", state, detail)
+    })
 }
 
 /// Whether session affinity holds for as many clients as it should.

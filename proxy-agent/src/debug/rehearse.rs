@@ -13,7 +13,7 @@ use crate::{
     backends::{
         self, Backend, Bounds, Part,
         ebpf::{EbpfBackend, simulated::Simulated, store::Store as _, view::PinnedMaps},
-        iptables::{IptablesBackend, host::Host},
+        iptables::{IptablesBackend, host::Host, rules::Rules, tables::Tables as _},
     },
     cli::{Layers, Mode, Sources},
     daemon::{
@@ -62,8 +62,11 @@ pub fn packets(
         false => Place::Alone,
     };
     let host = Host::for_planning()?;
-    let features = host.features();
-    let rules = rules(sources, &layers.packet, place, features, has_route_localnet)?;
+    let rules = Rules {
+        families: host.families(),
+        features: host.features(),
+        ..rules(sources, &layers.packet, place, has_route_localnet)?
+    };
     let backend = IptablesBackend::new(host, rules);
     let state = &desired.state;
     Ok(rehearse("packet", backend, state, desired.is_complete)?)

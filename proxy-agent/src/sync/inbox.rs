@@ -164,6 +164,20 @@ impl Inbox {
         }
     }
 
+    /// Lets everything wait until `until`; says whether the agent stops, which ends the wait.
+    pub fn rest(&self, until: Instant) -> bool {
+        let mut turn = self.lock();
+        while !turn.stop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.wake.wait_timeout(turn, left);
+            turn = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        turn.stop
+    }
+
     /// Takes note that `changes` are in the kernel.
     pub fn done(&self, changes: i64) {
         self.pending.dec_by(changes);
@@ -252,6 +266,23 @@ mod tests {
         let turn = inbox.wait(None, Instant::now() + Duration::from_secs(60));
         assert_eq!(turn.scope, Scope::All);
         assert_eq!(Scope::Part(turn.touched), part("b"));
+    }
+
+    #[test]
+    fn what_comes_during_a_rest_stays_and_a_stop_ends_it() {
+        let inbox = Inbox::new(Gauge::default());
+        inbox.sources(true, true);
+        inbox.push(part("a"));
+        assert!(!inbox.rest(Instant::now()));
+        let turn = inbox.wait(None, Instant::now());
+        assert_eq!((turn.scope, turn.changes), (Scope::All, 1));
+        std::thread::scope(|scope| {
+            let rest = || inbox.rest(Instant::now() + Duration::from_secs(60));
+            let waiter = scope.spawn(rest);
+            inbox.push(part("a"));
+            inbox.stop();
+            assert!(waiter.join().unwrap());
+        });
     }
 
     #[test]

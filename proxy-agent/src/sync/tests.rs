@@ -129,7 +129,12 @@ impl Bench {
 
     fn over(memory: Memory) -> Self {
         let now = Instant::now();
-        let layer = Layer::new("test", memory, Metrics::default().layer("test"), now);
+        let layer = Layer::new(
+            SyncStatus::channel("test"),
+            memory,
+            Metrics::default().layer("test"),
+            now,
+        );
         Self { layer, now }
     }
 

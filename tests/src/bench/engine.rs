@@ -19,7 +19,7 @@ use proxy_agent::{
     compile::Compiler,
     metrics::{LayerMetrics, Metrics},
     model::{Model, NodeName, Objects, Update},
-    sync::{Compiled, Inbox, Layer, Scope},
+    sync::{Compiled, Inbox, Layer, Scope, SyncStatus},
 };
 
 use super::cluster::Cluster;
@@ -94,7 +94,8 @@ impl Engine {
     pub fn start(node: &Node, model: Model) -> Result<Self> {
         let metrics = Metrics::default().layer("socket");
         let inbox = Arc::new(Inbox::new(metrics.changes_pending.clone()));
-        let layer = Layer::new("socket", open(node)?, metrics.clone(), Instant::now());
+        let status = SyncStatus::channel("socket");
+        let layer = Layer::new(status, open(node)?, metrics.clone(), Instant::now());
         let status = layer.status();
         let model = Arc::new(Mutex::new(model));
         let thread = thread::spawn({

@@ -2,6 +2,7 @@
 
 mod affinity;
 mod bad_ground;
+mod bad_lock;
 mod bad_tables;
 mod bad_tools;
 mod cluster_ip;
@@ -11,6 +12,7 @@ mod flows;
 mod guard;
 mod health_checks;
 mod invalid;
+mod late_tools;
 mod lease;
 mod many_endpoints;
 mod node_port;

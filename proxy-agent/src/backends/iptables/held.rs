@@ -29,7 +29,7 @@ pub struct HeldTable {
     pub chains: BTreeMap<ChainName, Vec<String>>,
 }
 
-/// Reads the tables of both families.
+/// Reads the tables of all families.
 ///
 /// # Errors
 /// They cannot be read.
@@ -40,7 +40,7 @@ pub fn held<T: Tables>(tables: &mut T) -> Result<Held, Error> {
         sets,
         tables: BTreeMap::new(),
     };
-    for family in [Family::V4, Family::V6] {
+    for family in tables.families() {
         for table in [Table::Filter, Table::Nat] {
             let of_table = read(&tables.save(family, table)?, family, table)?;
             if of_table != HeldTable::default() {

@@ -3,7 +3,11 @@
 //! `iptables` comes in two variants with tables of their own, both of which the kernel walks. Rules go where the host's
 //! other rules are, never into both; see [`variant`].
 
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use super::{
     rules::Features,
@@ -23,6 +27,7 @@ mod sets;
 pub mod variant;
 
 pub use owner::Owner;
+pub use probe::is_in_kernel;
 use run::{Output, run};
 pub use variant::{Choice, Stale, Variant};
 
@@ -40,6 +45,8 @@ pub struct Host {
     choice: Choice,
     ipset: Option<PathBuf>,
     features: Features,
+    /// Families that the tools or the kernel have no tables for, and what they say.
+    lacks: BTreeMap<Family, String>,
     owner: Option<Arc<Owner>>,
 }
 
@@ -47,24 +54,35 @@ impl Host {
     /// Finds the tools, and which variant this host uses; tries out what they and the kernel can do.
     ///
     /// # Errors
-    /// There are none, or they do not work here: the text says which package brings them.
-    pub fn open(owner: Owner) -> Result<Self, Error> {
+    /// There are none, or they work here in neither family: the text says which package brings them.
+    pub fn open(owner: Arc<Owner>) -> Result<Self, Error> {
         let mut host = Self::find(Some(owner))?;
         host.features = probe::features(&mut host);
         Ok(host)
     }
 
-    /// Finds the tools, and tries nothing: enough for reading and removing rules.
+    /// Whether the tools are installed.
+    ///
+    /// # Errors
+    /// They are not: the text says which package brings them.
+    pub fn installed() -> Result<(), Error> {
+        variant::default_tool().map(drop)
+    }
+
+    /// Finds the tools, and tries no rule: enough for reading and removing rules.
     ///
     /// # Errors
     /// As for [`Host::open`].
-    pub fn find(owner: Option<Owner>) -> Result<Self, Error> {
-        Ok(Self {
+    pub fn find(owner: Option<Arc<Owner>>) -> Result<Self, Error> {
+        let mut host = Self {
             choice: variant::choose()?,
             ipset: run::find("ipset"),
             features: Features::default(),
-            owner: owner.map(Arc::new),
-        })
+            lacks: BTreeMap::new(),
+            owner,
+        };
+        host.lacks = probe::lacks(&host)?;
+        Ok(host)
     }
 
     /// For reading only, with what the tools and the kernel can do: tried in a network namespace that is thrown away.
@@ -72,9 +90,7 @@ impl Host {
     /// # Errors
     /// As for [`Host::open`]; there is no such namespace to be had.
     pub fn for_planning() -> Result<Self, Error> {
-        let mut host = Self::find(None)?;
-        host.features = probe::features_elsewhere(&host)?;
-        Ok(host)
+        probe::elsewhere(&Self::find(None)?)
     }
 
     /// What was found, and why.
@@ -102,6 +118,24 @@ impl Host {
         self.features
     }
 
+    /// The families that cannot be served, and what the tools say.
+    pub fn lacks(&self) -> &BTreeMap<Family, String> {
+        &self.lacks
+    }
+
+    /// Tries the families that could not be served; says whether one can be now.
+    pub fn try_again(&mut self) -> bool {
+        let before = self.lacks.len();
+        let lacks = std::mem::take(&mut self.lacks).into_keys();
+        let lacks = lacks.filter_map(|family| {
+            let error = probe::family(self, family).err()?;
+            Some((family, format!("{error:#}")))
+        });
+        let lacks = lacks.collect();
+        self.lacks = lacks;
+        self.lacks.len() < before
+    }
+
     fn tool(&self, family: Family, verb: &str) -> Result<PathBuf, Error> {
         self.choice.variant.tool(family, verb)
     }
@@ -118,7 +152,18 @@ impl Host {
     }
 }
 
+fn restore_with(tool: &Path, table: &str, text: &str) -> Result<Output, Error> {
+    let wait = LOCK_WAIT_SECONDS.to_string();
+    run(tool, &["--noflush", "-w", &wait, "-T", table], text)
+}
+
 impl Tables for Host {
+    fn families(&self) -> BTreeSet<Family> {
+        let families = [Family::V4, Family::V6].into_iter();
+        let served = families.filter(|family| !self.lacks.contains_key(family));
+        served.collect()
+    }
+
     fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
         self.save_of(family, &table.to_string())
     }
@@ -162,8 +207,7 @@ impl Host {
     /// Nothing went in.
     pub fn restore_in(&self, family: Family, table: &str, text: &str) -> Result<(), RestoreError> {
         let tool = self.tool(family, "restore")?;
-        let wait = LOCK_WAIT_SECONDS.to_string();
-        let output = run(&tool, &["--noflush", "-w", &wait, "-T", table], text)?;
+        let output = restore_with(&tool, table, text)?;
         if output.success {
             return Ok(());
         }

@@ -78,7 +78,7 @@ pub fn remove(host: &mut Host) -> Result<Vec<String>, Error> {
         hint: "",
     })?;
     removed.extend(is_there.then(|| "table kube-proxy of nftables".to_owned()));
-    for family in [Family::V4, Family::V6] {
+    for family in host.families() {
         for table in CANARY_TABLES {
             remove_chains(host, family, table, &mut removed)?;
         }

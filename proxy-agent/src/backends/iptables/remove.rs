@@ -14,7 +14,11 @@ use crate::{
 /// # Errors
 /// A table could not be read or changed.
 pub fn remove_own<T: Tables>(tables: T, is_beside: bool) -> Result<usize, Error> {
-    let mut backend = IptablesBackend::new(tables, Rules::any());
+    let rules = Rules {
+        families: tables.families(),
+        ..Rules::any()
+    };
+    let mut backend = IptablesBackend::new(tables, rules);
     let found = backend.observe()?;
     if !found.keys().any(Key::is_ours_alone) {
         return Ok(0);

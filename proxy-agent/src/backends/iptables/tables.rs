@@ -57,6 +57,10 @@ fn place(line: Option<usize>) -> String {
 }
 
 impl<T: Tables> Tables for &mut T {
+    fn families(&self) -> BTreeSet<Family> {
+        (**self).families()
+    }
+
     fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
         (**self).save(family, table)
     }
@@ -84,6 +88,9 @@ impl<T: Tables> Tables for &mut T {
 
 /// The tables of one network namespace.
 pub trait Tables {
+    /// The families that have tables.
+    fn families(&self) -> BTreeSet<Family>;
+
     /// Text of `iptables-save -t TABLE` (`ip6tables-save` for IPv6).
     ///
     /// # Errors

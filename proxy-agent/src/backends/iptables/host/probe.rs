@@ -1,10 +1,18 @@
 //! What the tools and the kernel can do: tried, because nothing says so.
 
-use std::{collections::BTreeSet, sync::Arc, thread};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+    thread,
+};
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::{AddressSet, Features, Host, Owner, RestoreError, Table, Tables, accounts};
+use super::{
+    AddressSet, Features, Host, Owner, RestoreError, Table, Tables, accounts, refusal,
+    restore_with, run,
+};
 use crate::{
     backends::{Error, iptables::names::INVALID_DROPPED},
     state::Family,
@@ -13,10 +21,52 @@ use crate::{
 /// `MASQUERADE --random-fully` came with this version of the tools, and with Linux 3.13.
 const RANDOM_FULLY: [u32; 3] = [1, 6, 2];
 
+/// The families that cannot be served, and what the tools say.
+///
+/// # Errors
+/// None can be.
+pub fn lacks(host: &Host) -> Result<BTreeMap<Family, String>, Error> {
+    let tried = [Family::V4, Family::V6].map(|of| (of, family(host, of)));
+    match tried {
+        [(_, Err(error)), (_, Err(_))] => Err(error),
+        tried => Ok(tried
+            .into_iter()
+            .filter_map(|(family, result)| Some((family, format!("{:#}", result.err()?))))
+            .collect()),
+    }
+}
+
+/// Whether the kernel knows a family at all (`ipv6.disable=1`).
+pub fn is_in_kernel(family: Family) -> bool {
+    match family {
+        Family::V4 => true,
+        Family::V6 => Path::new("/proc/sys/net/ipv6").exists(),
+    }
+}
+
+/// Whether a family can be served: its tools read a table, and write it if that is allowed.
+///
+/// # Errors
+/// What the tool says.
+pub fn family(host: &Host, family: Family) -> Result<(), Error> {
+    host.save_of(family, "nat")?;
+    if host.may_write().is_err() {
+        return Ok(());
+    }
+    let restore = host.tool(family, "restore")?;
+    let output = restore_with(&restore, "nat", "*nat\nCOMMIT\n")?;
+    // Who keeps the tables for now does not keep them for good.
+    match output.success || refusal::is_locked(&output) {
+        true => Ok(()),
+        false => Err(run::failed(&restore, &output)),
+    }
+}
+
 /// Tries. While somebody keeps the tables nothing can be tried: then there is what session affinity needs, and no counters.
 /// Rules that are refused are told and tried again; affinity that is not asked for would be missing until the next start.
 pub fn features(host: &mut Host) -> Features {
-    const RECENT: &str = "-m recent --rcheck --seconds 1 --reap --name KUBE-SEP-TRIAL --mask 255.255.255.255 --rsource -j RETURN";
+    const RECENT: &str =
+        "-m recent --rcheck --seconds 1 --reap --name KUBE-SEP-TRIAL --rsource -j RETURN";
     let ipset = has_sets(host);
     // One wait for the tables is enough.
     let recent = ipset.and_then(|_| takes(host, RECENT));
@@ -29,11 +79,12 @@ pub fn features(host: &mut Host) -> Features {
     }
 }
 
-/// As [`features`], in a new network namespace, on a thread of its own: the tables of this one are not written.
+/// These tools with what they and the kernel can do, tried in a new network namespace, on a thread of its own: the tables of
+/// this one are not written.
 ///
 /// # Errors
-/// No namespace to be had.
-pub fn features_elsewhere(host: &Host) -> Result<Features, Error> {
+/// No namespace to be had; no family can be served.
+pub fn elsewhere(host: &Host) -> Result<Host, Error> {
     let work = || {
         unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Error::Kernel {
             action: "make",
@@ -45,7 +96,11 @@ pub fn features_elsewhere(host: &Host) -> Result<Features, Error> {
             owner: Some(Arc::new(Owner::take()?)),
             ..host.clone()
         };
-        Ok(features(&mut trial))
+        Ok(Host {
+            lacks: lacks(&trial)?,
+            features: features(&mut trial),
+            ..host.clone()
+        })
     };
     thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|_| {
         let ended = "trying out iptables ended early: this is a bug";
@@ -73,7 +128,7 @@ fn has_sets(host: &mut Host) -> Option<bool> {
     let name = format!("KUBE-SEP-TRIAL{}", std::process::id());
     let sets = BTreeSet::from([AddressSet {
         name: name.clone(),
-        family: Family::V4,
+        family: trial_family(host),
         timeout_seconds: 1,
     }]);
     if let Err(error) = host.create_sets(&sets) {
@@ -89,12 +144,18 @@ fn has_sets(host: &mut Host) -> Option<bool> {
     is_taken
 }
 
+/// What one family can, the other one can as well.
+fn trial_family(host: &Host) -> Family {
+    host.families().first().copied().unwrap_or(Family::V4)
+}
+
 /// Whether the tables take a rule, tried in a chain that leads nowhere; none if somebody else keeps them. Its name is one that
 /// an agent, and kube-proxy, removes when the trial is cut short.
 fn takes(host: &mut Host, rule: &str) -> Option<bool> {
     let chain = format!("KUBE-SVC-TRIAL{}", std::process::id());
     let text = format!("*nat\n:{chain} - [0:0]\n-A {chain} {rule}\nCOMMIT\n");
-    match host.restore(Family::V4, Table::Nat, &text) {
+    let family = trial_family(host);
+    match host.restore(family, Table::Nat, &text) {
         Ok(()) => {}
         Err(error @ RestoreError::Refused { .. }) => {
             tracing::debug!(%error, rule, "the tables do not take it");
@@ -106,7 +167,7 @@ fn takes(host: &mut Host, rule: &str) -> Option<bool> {
         }
     }
     let undo = format!("*nat\n-F {chain}\n-X {chain}\nCOMMIT\n");
-    if let Err(error) = host.restore(Family::V4, Table::Nat, &undo) {
+    if let Err(error) = host.restore(family, Table::Nat, &undo) {
         tracing::debug!(%error, "the chain of a trial goes with the first sync");
     }
     Some(true)

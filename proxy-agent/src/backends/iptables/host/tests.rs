@@ -23,10 +23,13 @@ use crate::{
     state::DesiredState,
 };
 
+fn owner() -> Arc<Owner> {
+    Arc::new(Owner::take().expect("a namespace of its own"))
+}
+
 /// The tools of a variant, untried.
 fn host(variant: Variant) -> Host {
-    let mut host =
-        Host::find(Some(Owner::take().expect("a namespace of its own"))).expect("iptables");
+    let mut host = Host::find(Some(owner())).expect("iptables");
     host.choice.variant = variant;
     host
 }
@@ -301,7 +304,7 @@ fn the_holder_of_the_lock_is_named() {
 #[ignore = "needs root"]
 fn a_network_namespace_has_one_agent_and_any_number_of_readers() {
     in_namespace(|| {
-        let first = Host::find(Some(Owner::take().unwrap())).unwrap();
+        let first = Host::find(Some(owner())).unwrap();
         let error = Owner::take().unwrap_err().to_string();
         assert!(error.contains("stop it first"), "{error}");
         let mut reader = Host::find(None).unwrap();
@@ -318,7 +321,7 @@ fn a_network_namespace_has_one_agent_and_any_number_of_readers() {
 #[ignore = "needs root"]
 fn what_tools_can_do_is_tried_without_writing_here() {
     in_namespace(|| {
-        let owner = Owner::take().unwrap();
+        let owner = owner();
         let reader = Host::for_planning().unwrap();
         // What a trial would have left: nft tables exist once they were written.
         let tables = Command::new("nft").args(["list", "tables"]).output();

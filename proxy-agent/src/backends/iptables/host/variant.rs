@@ -62,8 +62,16 @@ impl Variant {
     fn is_installed(self) -> bool {
         [Family::V4, Family::V6]
             .iter()
-            .all(|family| self.tool(*family, "restore").is_ok())
+            .any(|family| self.tool(*family, "restore").is_ok())
     }
+}
+
+/// The program that an admin calls.
+///
+/// # Errors
+/// It is not installed.
+pub fn default_tool() -> Result<PathBuf, Error> {
+    find("iptables").ok_or_else(|| missing("iptables"))
 }
 
 fn missing(name: &str) -> Error {
@@ -111,7 +119,7 @@ impl fmt::Display for Stale {
 /// # Errors
 /// No tools, or none that work.
 pub fn choose() -> Result<Choice, Error> {
-    let default = find("iptables").ok_or_else(|| missing("iptables"))?;
+    let default = default_tool()?;
     let output = run(&default, &["-V"], "")?;
     if !output.success {
         return Err(failed(&default, &output));
@@ -189,15 +197,36 @@ fn stale(kept: Variant, nft: &str, legacy: &str) -> Option<Stale> {
     has_services.then_some(Stale { kept, holds })
 }
 
-/// All tables of both families.
+/// How the tools say that the kernel does not have their variant, or its IPv6 part: then nobody uses it.
+const NOT_IN_THE_KERNEL: [&str; 4] = [
+    "do you need to insmod?",
+    "Protocol not supported",
+    "Operation not supported",
+    "Address family not supported",
+];
+
+/// All tables of the families that can be read.
+///
+/// # Errors
+/// A tool failed, and none could be read: nobody knows what is there.
 fn saved(variant: Variant) -> Result<String, Error> {
-    let mut text = String::new();
-    for family in [Family::V4, Family::V6] {
-        let tool = variant.tool(family, "save")?;
-        // A kernel without this variant says so here; then nobody uses it.
-        text.push_str(&run(&tool, &[], "")?.stdout);
+    let families = [Family::V4, Family::V6];
+    match families.map(|family| saved_of(variant, family)) {
+        [Err(error), Ok(None) | Err(_)] | [Ok(None), Err(error)] => Err(error),
+        found => Ok(found.into_iter().flatten().flatten().collect()),
     }
-    Ok(text)
+}
+
+/// None where the kernel has no such tables.
+fn saved_of(variant: Variant, family: Family) -> Result<Option<String>, Error> {
+    let tool = variant.tool(family, "save")?;
+    let output = run(&tool, &[], "")?;
+    let said = &output.stderr;
+    match output.success {
+        true => Ok(Some(output.stdout)),
+        false if NOT_IN_THE_KERNEL.iter().any(|text| said.contains(text)) => Ok(None),
+        false => Err(failed(&tool, &output)),
+    }
 }
 
 /// Whether the kernel has tables for legacy tools in the calling thread's network namespace.

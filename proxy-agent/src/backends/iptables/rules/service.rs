@@ -94,7 +94,7 @@ impl<'a> Service<'a> {
     /// The chain for what came to a node port, a load balancer's address or an external IP, while something serves it.
     ///
     /// With a policy of Local also without an endpoint that it reaches: for pods and for the node itself. With one of
-    /// Cluster it is the chain of the endpoints: one less to cross than with kube-proxy's KUBE-EXT-.
+    /// Cluster it is the chain of the endpoints.
     fn external_target(&self) -> Option<ChainName> {
         let policy = self.state.external_policy;
         match policy {

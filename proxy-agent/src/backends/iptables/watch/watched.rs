@@ -76,13 +76,23 @@ impl<T: Tables> Watched<T> {
 }
 
 impl Watched<Host> {
+    /// The tools.
+    pub fn host(&self) -> &Host {
+        &self.tables
+    }
+
+    /// As [`Host::try_again`].
+    pub fn try_again(&mut self) -> bool {
+        self.tables.try_again()
+    }
+
     /// Removes kube-proxy's canary from each table, where it is.
     ///
     /// # Errors
     /// A tool could not be run, or the lock was not to be had; what is left can be removed later.
     pub fn remove_canaries(&mut self) -> Result<(), Error> {
         let unusable = |error: RestoreError| Error::Unusable(error.to_string());
-        for family in [Family::V4, Family::V6] {
+        for family in self.families() {
             for table in CANARY_TABLES {
                 // Declared first, so that there is something to remove in any case.
                 let text = format!("*{table}\n:{CANARY} - [0:0]\n-X {CANARY}\nCOMMIT\n");
@@ -100,6 +110,10 @@ impl Watched<Host> {
 }
 
 impl<T: Tables> Tables for Watched<T> {
+    fn families(&self) -> BTreeSet<Family> {
+        self.tables.families()
+    }
+
     fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
         self.tables.save(family, table)
     }
