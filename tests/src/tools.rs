@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::Agent;
+use crate::{Agent, agent::agent_binary};
 
 /// A folder of scripts.
 #[derive(Debug)]
@@ -26,6 +26,21 @@ impl Tools {
     /// The folder.
     pub fn folder(&self) -> &Path {
         &self.0
+    }
+
+    /// Has the agent, and the tools that it starts, see `file` where the machine has `place`, from its next start on.
+    ///
+    /// # Errors
+    /// There is no agent.
+    pub fn show(&self, file: &Path, place: &str, agent: &mut Agent) -> anyhow::Result<()> {
+        let mount = format!("mount --bind {} {place}", file.display());
+        let run = format!("exec {} \"$@\"", agent_binary()?.display());
+        self.put(
+            "agent",
+            &format!("exec unshare --mount sh -c '{mount} && {run}' sh \"$@\""),
+        )?;
+        agent.use_binary(&self.0.join("agent"));
+        Ok(())
     }
 
     /// Makes a program of a shell's script.

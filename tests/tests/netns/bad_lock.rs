@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use proxy_tests::{
     Scenario,
-    agent::{HEALTHZ, agent_binary},
+    agent::HEALTHZ,
     bystander::{Bystanders, web},
     kube::Variant,
     scenario::{SOON, TCP, TCP_TARGET, in_mode},
@@ -44,15 +44,7 @@ fn held(mode: &str) -> anyhow::Result<()> {
     File::create(&own)?;
     File::options().append(true).create(true).open(LOCK)?;
     let tools = Tools::new(s.topology.state_dir().join("tools"), &mut s.agent)?;
-    tools.put(
-        "agent",
-        &format!(
-            "exec unshare --mount sh -c 'mount --bind {} {LOCK} && exec {} \"$@\"' sh \"$@\"",
-            own.display(),
-            agent_binary()?.display()
-        ),
-    )?;
-    s.agent.use_binary(&tools.folder().join("agent"));
+    tools.show(&own, LOCK, &mut s.agent)?;
     let holder = format!("process {}", std::process::id());
     let has_sockets = mode == "ebpf";
     let pod = s.client.peer()?;

@@ -1,6 +1,6 @@
 //! The agent is gone for good: for how long the hooks are believed.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use anyhow::ensure;
 use proxy_tests::{
@@ -91,11 +91,13 @@ fn without_a_packet_layer_the_lease_is_not_armed_and_the_node_is_served() {
         s.settle_packets()?;
         wait_armed(s)?;
         s.agent.stop()?;
-        let broken = "echo no such kernel module >&2; exit 3";
-        Tools::new(s.topology.state_dir().join("tools"), &mut s.agent)?.put("iptables", broken)?;
+        let no_program = s.topology.state_dir().join("no-program");
+        fs::write(&no_program, "")?;
+        let tools = Tools::new(s.topology.state_dir().join("tools"), &mut s.agent)?;
+        tools.show(&no_program, "/usr/sbin/iptables", &mut s.agent)?;
         s.agent.spawn()?;
         s.agent.wait_ready()?;
-        s.agent.wait_log("no such kernel module")?;
+        s.agent.wait_log("iptables is not in PATH")?;
         ensure!(lease(s)?.is_none());
         let off = s.agent.metric("proxy_agent_mode_info", "packet=\"off\"")?;
         ensure!(off == 1.0);
