@@ -342,7 +342,11 @@ pub fn cleanup(global: &cli::Global, args: &cli::Cleanup) -> Result<ExitCode, Er
     if Host::installed().is_ok() {
         let host = Host::find(Some(owner))?;
         tell_lacks(&host);
-        iptables::remove_own(host, is_beside)?;
+        for key in iptables::remove_own(host, is_beside)?.kept {
+            tracing::warn!(
+                "{key} is empty but stays: a rule of somebody else leads to it; remove that rule, then run this again"
+            );
+        }
         host::accounts::remove()?;
     }
     Ok(ExitCode::SUCCESS)

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use proxy_tests::{
     Scenario,
     bystander::{Bystanders, web},
@@ -146,6 +146,70 @@ fn chains_of_others_with_names_of_ours_cost_nobody_anything() {
             node.serve(&bystanders, 2)?;
             ensure!(node.foreign()? == before);
             bystanders.ensure_served()
+        };
+        body().unwrap_or_else(|error| panic!("{mode}, {variant:?}: {error:?}"));
+    }
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn the_chains_of_a_service_that_others_have_taken_serve_it_and_cleanup_says_what_stays() {
+    for (mode, v6, variant) in EACH {
+        let body = || {
+            let mut node = Node::new("bad-tables-service", mode, v6, variant)?;
+            let save = |node: &Node| {
+                let save = format!("{}-save", node.tools);
+                node.s.a.output(&save, &["-t", "nat"])
+            };
+            // The names are a function of the Service: taken from a former run.
+            node.s.agent.spawn()?;
+            node.s.agent.wait_ready()?;
+            node.s.manifests.put(&web(&node.s, 1, TCP_TARGET))?;
+            let chain = wait_for("the rules of the Service", SOON, || {
+                let nat = save(&node)?;
+                let is_jump = |line: &&str| line.contains("default/web-1:http cluster IP");
+                let jump = nat.lines().find(is_jump).context("a jump")?;
+                Ok(jump.rsplit(' ').next().context("a chain")?.to_owned())
+            })?;
+            node.s.agent.stop()?;
+            node.s.agent.text(&["cleanup"])?;
+            ensure!(!save(&node)?.contains(&chain));
+
+            node.write(
+                "nat",
+                &format!(
+                    ":{chain} - [0:0]\n:MINE - [0:0]\n-A {chain} -j ACCEPT\n\
+                    -A MINE -p tcp -m tcp --dport 9 -j {chain}\n-A PREROUTING -j MINE\n"
+                ),
+            )?;
+            let before = node.foreign()?;
+            node.s.agent.spawn()?;
+            node.s.agent.wait_ready()?;
+            let bystanders = Bystanders::start(&node.s)?;
+            bystanders.wait_served(&node.s, 1)?;
+            let theirs = format!("-A {chain} -j ACCEPT");
+            ensure!(!save(&node)?.contains(&theirs));
+            // While it runs.
+            node.write("nat", &format!("-I {chain} -j ACCEPT\n"))?;
+            wait_for("the rule is gone", SOON, || {
+                let nat = save(&node)?;
+                ensure!(!nat.contains(&theirs), "{nat}");
+                Ok(())
+            })?;
+            bystanders.wait_served(&node.s, 1)?;
+            ensure!(node.foreign()? == before);
+            bystanders.ensure_served()?;
+
+            node.s.agent.stop()?;
+            let output = node.s.agent.run(&["cleanup"])?;
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            ensure!(output.status.success(), "{said}");
+            ensure!(
+                said.contains(&chain) && said.contains("somebody else"),
+                "{said}"
+            );
+            ensure!(node.foreign()? == before);
+            Ok(())
         };
         body().unwrap_or_else(|error| panic!("{mode}, {variant:?}: {error:?}"));
     }

@@ -61,14 +61,15 @@ impl BadTool {
     }
 }
 
-/// Runs `body` with a bad tool in both modes, once with each family and variant.
+/// Runs `body` with a bad tool in both modes, with each family and variant.
 fn each(script: &str, body: impl Fn(&BadTool) -> anyhow::Result<()>) {
-    for (mode, v6, variant) in [
-        ("iptables", false, Variant::Nft),
-        ("ebpf", true, Variant::Legacy),
-    ] {
-        let tool = BadTool::start(mode, v6, variant, script).expect("a cluster");
-        body(&tool).unwrap_or_else(|error| panic!("{mode}, {variant:?}: {error:?}"));
+    for mode in ["iptables", "ebpf"] {
+        for variant in [Variant::Nft, Variant::Legacy] {
+            for v6 in [false, true] {
+                let tool = BadTool::start(mode, v6, variant, script).expect("a cluster");
+                body(&tool).unwrap_or_else(|error| panic!("{mode}, {variant:?}, {v6}: {error:?}"));
+            }
+        }
     }
 }
 

@@ -7,13 +7,22 @@ use crate::{
     state::DesiredState,
 };
 
+/// What a clean-up did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// How many entries went.
+    pub entries: usize,
+    /// Chains that rules of somebody else lead to: emptied, and still there.
+    pub kept: Vec<Key>,
+}
+
 /// Removes every chain of ours, those that kube-proxy has too among them, what leads to them, and the address sets; nothing
 /// where no agent left any. Beside a proxy that shares chains with us, by its canary or because the caller knows that it
-/// `is_beside` one, only chains that no kube-proxy makes. Says how many entries that were.
+/// `is_beside` one, only chains that no kube-proxy makes.
 ///
 /// # Errors
 /// A table could not be read or changed.
-pub fn remove_own<T: Tables>(tables: T, is_beside: bool) -> Result<usize, Error> {
+pub fn remove_own<T: Tables>(tables: T, is_beside: bool) -> Result<Removed, Error> {
     let rules = Rules {
         families: tables.families(),
         ..Rules::any()
@@ -21,7 +30,7 @@ pub fn remove_own<T: Tables>(tables: T, is_beside: bool) -> Result<usize, Error>
     let mut backend = IptablesBackend::new(tables, rules);
     let found = backend.observe()?;
     if !found.keys().any(Key::is_ours_alone) {
-        return Ok(0);
+        return Ok(Removed::default());
     }
     let is_beside = is_beside || backend.has_canaries();
     let mut plan = Plan {
@@ -32,10 +41,14 @@ pub fn remove_own<T: Tables>(tables: T, is_beside: bool) -> Result<usize, Error>
             .cloned()
             .collect(),
     };
-    let removed = plan.deletions.len();
+    let mut kept = plan.deletions.clone();
     backend.spare_referenced(&found, &mut plan);
+    kept.retain(|key| !plan.deletions.contains(key));
     backend.apply(&plan, &DesiredState::default())?;
-    Ok(removed)
+    Ok(Removed {
+        entries: plan.deletions.len(),
+        kept,
+    })
 }
 
 /// Whether it may go beside a kube-proxy. Sets may be used by rules that it has not replaced yet.
