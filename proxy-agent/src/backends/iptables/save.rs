@@ -71,7 +71,7 @@ pub(super) fn lines(text: &str, table: Table) -> Result<impl Iterator<Item = Lin
             "cannot read table {table}: the text of iptables-save ends in the middle"
         )));
     }
-    Ok(text.lines().filter_map(|line| {
+    Ok(text.lines().map(str::trim_end).filter_map(|line| {
         if let Some(declared) = line.strip_prefix(':') {
             let (name, rest) = declared.split_once(' ').unwrap_or((declared, ""));
             let policy = rest.split(' ').next().unwrap_or_default();
@@ -196,6 +196,15 @@ COMMIT
             parse("", Family::V4, Table::Nat, &[anchor]).unwrap(),
             Saved::default()
         );
+    }
+
+    #[test]
+    fn a_space_at_the_end_of_a_rule_says_nothing() {
+        // iptables-nft 1.8.7 has one where a rule has no target.
+        let text = "*nat\n:KUBE-SVC-A - [0:0]\n-A KUBE-SVC-A -m mark --mark 0x1/0x1 \nCOMMIT\n";
+        let saved = parse(text, Family::V4, Table::Nat, &[]).unwrap();
+        let found: Vec<u64> = saved.chains.into_values().collect();
+        assert_eq!(found, [digest("-m mark --mark 0x1/0x1\n")]);
     }
 
     #[test]
