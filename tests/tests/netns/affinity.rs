@@ -5,7 +5,9 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 use anyhow::ensure;
 use proxy_tests::{
     Endpoint, Scenario, let_run,
-    scenario::{OFTEN, TCP, TCP_TARGET, UDP, each_family, who_tcp, who_udp},
+    scenario::{
+        OFTEN, TCP, TCP_TARGET, UDP, each_family, each_family_with, in_mode, who_tcp, who_udp,
+    },
 };
 
 /// Enough that a client rarely finds the same one again by chance.
@@ -85,25 +87,31 @@ fn a_removed_endpoint_loses_its_clients() {
 #[test]
 #[ignore = "needs root and eBPF"]
 fn affinity_ends_when_the_client_was_idle_for_long() {
-    each_family("affinity-timeout", |s| {
-        s.apply(&s.service("web", 1).affinity(1).endpoints(many(s)?))?;
-        let (client, to) = (s.client.peer()?, SocketAddr::from((s.vip(1), TCP)));
-        let mut who = BTreeSet::new();
-        // The same by chance each time: once in 16^5.
-        for _ in 0..6 {
-            who.insert(client.ask_tcp(to)?);
-            let_run(Duration::from_millis(1200));
-        }
-        ensure!(who.len() > 1, "always {who:?}");
-        // Each connection renews it.
-        let first = client.ask_tcp(to)?;
-        for _ in 0..6 {
-            let_run(Duration::from_millis(400));
-            ensure!(
-                client.ask_tcp(to)? == first,
-                "left {first} though it was not idle"
-            );
-        }
-        Ok(())
-    });
+    for mode in ["ebpf", "iptables"] {
+        each_family_with("affinity-timeout", &in_mode(mode), times_out);
+    }
+}
+
+fn times_out(s: &mut Scenario) -> anyhow::Result<()> {
+    let web = s.service("web", 1).affinity(1).endpoints(many(s)?);
+    s.manifests.put(&web)?;
+    s.settle_rules()?;
+    let (client, to) = (s.client.peer()?, SocketAddr::from((s.vip(1), TCP)));
+    let mut who = BTreeSet::new();
+    // The same by chance each time: once in 16^5.
+    for _ in 0..6 {
+        who.insert(client.ask_tcp(to)?);
+        let_run(Duration::from_millis(1200));
+    }
+    ensure!(who.len() > 1, "always {who:?}");
+    // Each connection renews it.
+    let first = client.ask_tcp(to)?;
+    for _ in 0..6 {
+        let_run(Duration::from_millis(400));
+        ensure!(
+            client.ask_tcp(to)? == first,
+            "left {first} though it was not idle"
+        );
+    }
+    Ok(())
 }

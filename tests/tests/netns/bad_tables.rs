@@ -35,7 +35,10 @@ impl Node {
         fs::write(&file, format!("*{table}\n{lines}COMMIT\n"))?;
         let restore = format!("{}-restore", self.tools);
         let file = file.display().to_string();
-        self.s.a.output(&restore, &["--noflush", "-w", "10", &file]).map(drop)
+        self.s
+            .a
+            .output(&restore, &["--noflush", "-w", "10", &file])
+            .map(drop)
     }
 
     /// What the tables hold, without counters, times and what has a name of ours.

@@ -1,6 +1,7 @@
 //! Scenarios: a cluster of network namespaces, the real agent, real connections. Each body runs in IPv4 and IPv6.
 
 mod affinity;
+mod bad_addresses;
 mod bad_ground;
 mod bad_lock;
 mod bad_tables;

@@ -47,6 +47,8 @@ fn who_cannot_be_served_is_refused_or_dropped_as_kube_proxy_does_it() {
             };
             world.check("no endpoints", 1, [(Client::Node, kind, of_node)])?;
         }
+        let on_loopback = (Client::Node, Kind::Loopback, "refused");
+        world.check("no endpoints", 1, [on_loopback])?;
         let [alive, dropped, unknown] = [
             "far",
             world.here("refused/dropped", "dropped"),
@@ -115,6 +117,35 @@ fn source_ranges_are_about_load_balancer_addresses_alone() {
                     world.check("not in question", number, [(client, kind, "near")])?;
                 }
             }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_node_that_has_the_load_balancers_address_may_send_from_it_if_the_node_may() {
+    each(|world| {
+        let v6 = world.s.v6;
+        let length = if v6 { 128 } else { 32 };
+        let of = |number, allowed: IpAddr| {
+            let near = world.s.endpoint(&world.s.near);
+            let service = world.service(number).endpoint(near);
+            let range = format!("{allowed}/{length}");
+            service.spec("loadBalancerSourceRanges", json!([range]))
+        };
+        world.apply(&[
+            of(1, world.s.a.address(v6)),
+            of(2, world.outsider.address(v6)),
+        ])?;
+        for (number, expected) in [(1, "near"), (2, "dropped")] {
+            let (address, _) = world.address(number, Kind::LoadBalancer);
+            world
+                .s
+                .a
+                .ip(&format!("addr add {address}/{length} dev lo\n"))?;
+            let own = (Client::Node, Kind::LoadBalancer, expected);
+            world.check("sent from the address itself", number, [own])?;
         }
         Ok(())
     });

@@ -52,6 +52,8 @@ pub(super) const ALL: [Client; 3] = [Client::Pod, Client::Node, Client::Outside]
 pub(super) enum Kind {
     ClusterIp,
     NodePort,
+    /// The node port on 127.0.0.1 or ::1.
+    Loopback,
     LoadBalancer,
     ExternalIp,
     /// A port of the ClusterIP that no Service has.
@@ -149,6 +151,7 @@ impl World {
             Kind::ClusterIp => (self.s.vip(number), [TCP, UDP]),
             Kind::Unknown => (self.s.vip(number), [81, 54]),
             Kind::NodePort => (self.s.a.address(self.s.v6), [port, port + 1]),
+            Kind::Loopback => (self.s.loopback(), [port, port + 1]),
             Kind::LoadBalancer => (self.s.outside(number), [TCP, UDP]),
             Kind::ExternalIp => (self.s.outside(100 + number), [TCP, UDP]),
         }
