@@ -251,7 +251,9 @@ impl<B: Backend> Layer<B> {
         if self.backend.yields() {
             return Ok(true);
         }
-        if self.observed.is_some() && now < self.audit_at {
+        // What was left out counts as written: it is told from what is there only by reading.
+        let tries_again = self.left_out.is_some() && *scope == Scope::All;
+        if self.observed.is_some() && now < self.audit_at && !tries_again {
             return Ok(false);
         }
         self.audit_at = now + AUDIT_EVERY;

@@ -107,6 +107,8 @@ pub struct IptablesBackend<T> {
     /// transaction.
     absent: BTreeSet<Key>,
     left_out: BTreeMap<ServicePort, String>,
+    /// The next apply writes all that is missing, also what was left out.
+    retries_left_out: bool,
     /// None while nobody else is looked out for.
     rivals: Option<Rivals>,
     /// What of another proxy was there when it was observed last.
@@ -126,6 +128,7 @@ impl<T: Tables> IptablesBackend<T> {
             filter_first: true,
             absent: BTreeSet::new(),
             left_out: BTreeMap::new(),
+            retries_left_out: false,
             rivals: None,
             of_rivals: rival::Found::default(),
         }
@@ -207,7 +210,6 @@ impl<T: Tables> Backend for IptablesBackend<T> {
                     self.known.keep(&found, touched.services);
                     self.found = found;
                 }
-                self.left_out.clear();
                 self.known.render_all_shared(&self.rules, &mut note);
                 diff(observed, &desired)
             }
@@ -241,6 +243,10 @@ impl<T: Tables> Backend for IptablesBackend<T> {
             Some(_) => absent.cloned().collect(),
             None => BTreeSet::new(),
         };
+        self.retries_left_out = bounds.scope.is_none();
+        if self.retries_left_out && plan.is_empty() {
+            self.left_out.clear();
+        }
         plan
     }
 
@@ -284,7 +290,17 @@ impl<T: Tables> Backend for IptablesBackend<T> {
     /// One transaction per family and table, in an order that leaves no packet untranslated that the old and the new state
     /// translate (docs/ARCHITECTURE.md).
     fn apply(&mut self, plan: &Plan<Key, u64>, state: &DesiredState) -> Result<(), Error> {
-        apply::apply(self, plan, state)
+        let before = match self.retries_left_out {
+            true => std::mem::take(&mut self.left_out),
+            false => BTreeMap::new(),
+        };
+        let result = apply::apply(self, plan, state);
+        if result.is_err() {
+            for (owner, message) in before {
+                self.left_out.entry(owner).or_insert(message);
+            }
+        }
+        result
     }
 
     /// Rules are in force once they are in the table.
@@ -304,15 +320,17 @@ impl<T: Tables> Backend for IptablesBackend<T> {
 }
 
 impl<T: Tables> IptablesBackend<T> {
+    /// Whether rules of others use it.
+    fn is_referenced(&self, key: &Key) -> bool {
+        matches!(key, Key::Chain(family, table, chain) if self.referenced.contains(&(*family, *table, *chain)))
+    }
+
     /// A chain that somebody else's rule jumps to cannot go: it is emptied.
     fn spare_referenced(&self, observed: &BTreeMap<Key, u64>, plan: &mut Plan<Key, u64>) {
         let empty = digest("");
         let upserts = &mut plan.upserts;
         plan.deletions.retain(|key| {
-            let Key::Chain(family, table, chain) = key else {
-                return true;
-            };
-            let is_referenced = self.referenced.contains(&(*family, *table, *chain));
+            let is_referenced = self.is_referenced(key);
             if is_referenced && observed.get(key) != Some(&empty) {
                 upserts.push((key.clone(), empty));
             }

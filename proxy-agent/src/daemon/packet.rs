@@ -22,7 +22,6 @@ use crate::{
         conntrack::Cleaner,
         iptables::{
             IptablesBackend,
-            host::{Host, Owner, affinity::AffinityRoom, is_in_kernel},
             rules::{Features, LocalPods, NodePorts, Rules},
             tables::Tables as _,
             watch::Watched,
@@ -33,57 +32,13 @@ use crate::{
     compile::Compiler,
     metrics::Metrics,
     state::{Family, NodePortAddresses, ServicePort},
-    sync::{Inbox, Layer, Scope, SyncStatus},
+    sync::{Layer, Scope, SyncStatus},
 };
 
-/// Where the layer's tools come from.
-#[derive(Debug)]
-pub enum Tools {
-    /// They are here: nothing else serves the node.
-    Found(Host),
-    /// Looked for on the layer's own thread until they work: whatever they lack or wait for is not the socket layer's trouble.
-    Awaited(Arc<Owner>),
-}
+mod tools;
 
-impl Tools {
-    fn place(&self) -> Place {
-        match self {
-            Self::Found(_) => Place::Alone,
-            Self::Awaited(_) => Place::BesideSockets,
-        }
-    }
-
-    /// Waits until they work. None if the agent stops first.
-    fn wait(self, inbox: &Inbox, status: &watch::Sender<SyncStatus>) -> Option<Host> {
-        let owner = match self {
-            Self::Found(host) => return Some(host),
-            Self::Awaited(owner) => owner,
-        };
-        let mut wait = FIRST_TRY;
-        loop {
-            let error = match Host::open(Arc::clone(&owner)) {
-                Ok(host) => return Some(host),
-                Err(error) => Some(format!("{error:#}")),
-            };
-            if status.borrow().last_error != error {
-                tracing::error!(
-                    error,
-                    "no packet layer yet: what arrives from outside this node is not served, or as a former agent left it; trying again"
-                );
-                status.send_modify(|status| status.last_error = error);
-            }
-            if inbox.rest(Instant::now() + wait) {
-                return None;
-            }
-            wait = (2 * wait).min(LAST_TRY);
-        }
-    }
-}
-
-/// After the first time that the tools did not work; doubles with each.
-const FIRST_TRY: Duration = Duration::from_secs(1);
-/// Longest wait between two tries of tools that do not work.
-const LAST_TRY: Duration = Duration::from_secs(30);
+pub use tools::Tools;
+use tools::{tell_families, tell_tools};
 
 /// Between two tries of a family whose tools do not work, while the other one's do.
 const TRY_FAMILIES: Duration = Duration::from_secs(5);
@@ -162,6 +117,7 @@ pub fn start(
             }
             if is_news {
                 let host = backend.tables().host();
+                tracing::info!(families = ?host.families(), "the tools of one more family work: it is served");
                 tell_families(host, &metrics);
                 backend.serve(host.families());
                 feed.inbox.push(Scope::All);
@@ -175,33 +131,6 @@ pub fn start(
         });
     };
     LayerThread::start("packet-layer", followed, work).map_err(super::start("the packet layer"))
-}
-
-fn tell_tools(host: &Host, metrics: &Metrics) {
-    tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
-    if let Some(stale) = host.choice().stale {
-        tracing::warn!("{stale}");
-    }
-    let room = AffinityRoom::of(host.features());
-    metrics.affinity_clients.set(room.clients().into());
-    if room != AffinityRoom::Sets {
-        tracing::warn!("session affinity: {room}");
-    }
-    tell_families(host, metrics);
-}
-
-fn tell_families(host: &Host, metrics: &Metrics) {
-    let mut failed = 0;
-    for (family, error) in host.lacks() {
-        if is_in_kernel(*family) {
-            failed += 1;
-            tracing::error!(%family, error, "what arrives over this family is not served; trying again");
-        } else {
-            tracing::info!(%family, "this kernel does without");
-        }
-    }
-    metrics.families_failed.set(failed);
-    tracing::info!(families = ?host.families(), "served");
 }
 
 /// Forgets the flows that lead to nobody who serves, and counts them.

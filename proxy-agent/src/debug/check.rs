@@ -10,12 +10,14 @@ use super::{
     print::{Report, columns},
     rehearse::Rehearsal,
 };
-use crate::backends::{
-    Error,
-    ebpf::probe,
-    iptables::host::{Choice, affinity::AffinityRoom, is_in_kernel},
+use crate::{
+    backends::{
+        Error,
+        ebpf::probe,
+        iptables::host::{Choice, affinity::AffinityRoom, is_in_kernel},
+    },
+    state::Family,
 };
-use crate::state::Family;
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
 /// The agent writes its heartbeat every second; this much later it is late, not merely busy.
@@ -295,6 +297,15 @@ mod tests {
         let none = || Err(Error::Unusable("iptables is not in PATH".to_owned()));
         assert_eq!(packets(&none(), true)[0].state, State::Missing);
         assert_eq!(packets(&none(), false)[0].state, State::Note);
+    }
+
+    #[test]
+    fn a_family_that_cannot_be_served_is_missing() {
+        let lacks = BTreeMap::from([(Family::V4, "no such table".to_owned())]);
+        let findings: Vec<_> = families(&lacks).collect();
+        assert_eq!(findings[0].state, State::Missing);
+        let said = "what arrives over IPv4 is not served: no such table";
+        assert_eq!(findings[0].detail, said);
     }
 
     #[test]

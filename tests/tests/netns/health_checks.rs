@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use anyhow::ensure;
 use proxy_tests::{
     Pod, Scenario, Service,
+    bystander::Bystanders,
     place::Place,
     scenario::{SOON, in_family},
     wait_for,
@@ -81,7 +82,8 @@ fn load_balancers_outside_are_told_of_endpoints_in_both_families() {
 fn a_taken_health_check_port_is_told_and_the_others_answer() {
     for (v6, args) in [(true, MODES[0]), (false, MODES[1])] {
         in_family("health-taken", v6, args, |s| {
-            let outsider = s.topology.outsider()?;
+            let bystanders = Bystanders::start(s)?;
+            let outsider = bystanders.outsider();
             let taken = SocketAddr::from((s.unspecified(), TAKEN));
             let thief = s.a.place().inside(|| TcpListener::bind(taken))??;
             let endpoint = s.endpoint(&s.near);
@@ -93,11 +95,12 @@ fn a_taken_health_check_port_is_told_and_the_others_answer() {
             s.manifests
                 .put(&web(s, "web", 2, PORT).endpoint(endpoint))?;
             let node = s.a.address(s.v6);
-            asks(&outsider, (node, PORT).into(), 200, 1)?;
+            asks(outsider, (node, PORT).into(), 200, 1)?;
             drop(thief);
             // Tried again without being told.
-            asks(&outsider, (node, TAKEN).into(), 200, 1)?;
-            s.agent.wait_metric(failed, "", |failed| failed == 0.0)
+            asks(outsider, (node, TAKEN).into(), 200, 1)?;
+            s.agent.wait_metric(failed, "", |failed| failed == 0.0)?;
+            bystanders.ensure_served()
         });
     }
 }

@@ -56,7 +56,8 @@ impl Host {
     /// # Errors
     /// There are none, or they work here in neither family: the text says which package brings them.
     pub fn open(owner: Arc<Owner>) -> Result<Self, Error> {
-        let mut host = Self::find(Some(owner))?;
+        let mut host = Self::untried(Some(owner))?;
+        host.lacks = probe::lacks(|family| probe::serves(&host, family))?;
         host.features = probe::features(&mut host);
         Ok(host)
     }
@@ -74,15 +75,19 @@ impl Host {
     /// # Errors
     /// As for [`Host::open`].
     pub fn find(owner: Option<Arc<Owner>>) -> Result<Self, Error> {
-        let mut host = Self {
+        let mut host = Self::untried(owner)?;
+        host.lacks = probe::lacks(|family| probe::reads(&host, family))?;
+        Ok(host)
+    }
+
+    fn untried(owner: Option<Arc<Owner>>) -> Result<Self, Error> {
+        Ok(Self {
             choice: variant::choose()?,
             ipset: run::find("ipset"),
             features: Features::default(),
             lacks: BTreeMap::new(),
             owner,
-        };
-        host.lacks = probe::lacks(&host)?;
-        Ok(host)
+        })
     }
 
     /// For reading only, with what the tools and the kernel can do: tried in a network namespace that is thrown away.
@@ -128,7 +133,7 @@ impl Host {
         let before = self.lacks.len();
         let lacks = std::mem::take(&mut self.lacks).into_keys();
         let lacks = lacks.filter_map(|family| {
-            let error = probe::family(self, family).err()?;
+            let error = probe::serves(self, family).err()?;
             Some((family, format!("{error:#}")))
         });
         let lacks = lacks.collect();

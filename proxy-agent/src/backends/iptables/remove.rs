@@ -41,9 +41,10 @@ pub fn remove_own<T: Tables>(tables: T, is_beside: bool) -> Result<Removed, Erro
             .cloned()
             .collect(),
     };
-    let mut kept = plan.deletions.clone();
+    let kept = plan.deletions.iter();
+    let kept = kept.filter(|key| backend.is_referenced(key)).cloned();
+    let kept = kept.collect();
     backend.spare_referenced(&found, &mut plan);
-    kept.retain(|key| !plan.deletions.contains(key));
     backend.apply(&plan, &DesiredState::default())?;
     Ok(Removed {
         entries: plan.deletions.len(),

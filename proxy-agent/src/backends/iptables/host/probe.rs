@@ -21,13 +21,14 @@ use crate::{
 /// `MASQUERADE --random-fully` came with this version of the tools, and with Linux 3.13.
 const RANDOM_FULLY: [u32; 3] = [1, 6, 2];
 
-/// The families that cannot be served, and what the tools say.
+/// The families that fail in `trial`, and what the tools say.
 ///
 /// # Errors
-/// None can be.
-pub fn lacks(host: &Host) -> Result<BTreeMap<Family, String>, Error> {
-    let tried = [Family::V4, Family::V6].map(|of| (of, family(host, of)));
-    match tried {
+/// Both do.
+pub fn lacks(
+    trial: impl Fn(Family) -> Result<(), Error>,
+) -> Result<BTreeMap<Family, String>, Error> {
+    match [Family::V4, Family::V6].map(|family| (family, trial(family))) {
         [(_, Err(error)), (_, Err(_))] => Err(error),
         tried => Ok(tried
             .into_iter()
@@ -44,15 +45,20 @@ pub fn is_in_kernel(family: Family) -> bool {
     }
 }
 
-/// Whether a family can be served: its tools read a table, and write it if that is allowed.
+/// Whether the tools of a family read a table.
 ///
 /// # Errors
 /// What the tool says.
-pub fn family(host: &Host, family: Family) -> Result<(), Error> {
-    host.save_of(family, "nat")?;
-    if host.may_write().is_err() {
-        return Ok(());
-    }
+pub fn reads(host: &Host, family: Family) -> Result<(), Error> {
+    host.save_of(family, "nat").map(drop)
+}
+
+/// Whether a family can be served: its tools read a table and write it.
+///
+/// # Errors
+/// What the tool says.
+pub fn serves(host: &Host, family: Family) -> Result<(), Error> {
+    reads(host, family)?;
     let restore = host.tool(family, "restore")?;
     let output = restore_with(&restore, "nat", "*nat\nCOMMIT\n")?;
     // Who keeps the tables for now does not keep them for good.
@@ -97,7 +103,7 @@ pub fn elsewhere(host: &Host) -> Result<Host, Error> {
             ..host.clone()
         };
         Ok(Host {
-            lacks: lacks(&trial)?,
+            lacks: lacks(|family| serves(&trial, family))?,
             features: features(&mut trial),
             ..host.clone()
         })

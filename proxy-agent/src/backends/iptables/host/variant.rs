@@ -210,8 +210,11 @@ const NOT_IN_THE_KERNEL: [&str; 4] = [
 /// # Errors
 /// A tool failed, and none could be read: nobody knows what is there.
 fn saved(variant: Variant) -> Result<String, Error> {
-    let families = [Family::V4, Family::V6];
-    match families.map(|family| saved_of(variant, family)) {
+    readable([Family::V4, Family::V6].map(|family| saved_of(variant, family)))
+}
+
+fn readable(found: [Result<Option<String>, Error>; 2]) -> Result<String, Error> {
+    match found {
         [Err(error), Ok(None) | Err(_)] | [Ok(None), Err(error)] => Err(error),
         found => Ok(found.into_iter().flatten().flatten().collect()),
     }
@@ -282,6 +285,25 @@ mod tests {
             text.starts_with("iptables-legacy holds") && text.contains("kept in iptables-nft"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn tables_that_cannot_be_read_are_not_taken_for_empty() {
+        let text = |text: &str| Ok(Some(text.to_owned()));
+        let failed = || Err(Error::Unusable("no memory".to_owned()));
+        for (found, expected) in [
+            ([text("a"), text("b")], Some("ab")),
+            ([text("a"), Ok(None)], Some("a")),
+            ([text("a"), failed()], Some("a")),
+            ([failed(), text("b")], Some("b")),
+            ([Ok(None), Ok(None)], Some("")),
+            ([failed(), Ok(None)], None),
+            ([Ok(None), failed()], None),
+            ([failed(), failed()], None),
+        ] {
+            let told = format!("{found:?}");
+            assert_eq!(readable(found).ok().as_deref(), expected, "{told}");
+        }
     }
 
     #[test]

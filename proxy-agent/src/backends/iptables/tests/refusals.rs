@@ -119,3 +119,28 @@ fn a_refusal_that_no_service_is_to_blame_for_is_an_error() {
         assert!(message.contains("does not like MASQUERADE"), "{message}");
     }
 }
+
+#[test]
+fn what_is_left_out_is_remembered_while_nothing_can_be_written() {
+    let services: Vec<_> = (0..8).map(web).collect();
+    let mut backend = IptablesBackend::new(Simulated::default(), rules());
+    apply(&mut backend, &services, &["10.244.1.7:8080"], true).unwrap();
+    backend.tables_mut().fault_rate = 1;
+    apply(&mut backend, &services, &[], true).unwrap_err();
+    assert_eq!(names(&backend), ["default/web-7:http"]);
+    backend.tables_mut().fault_rate = 0;
+    apply(&mut backend, &services, &[], true).unwrap();
+    assert_eq!(names(&backend), [""; 0]);
+    assert!(served(&backend, 7));
+}
+
+#[test]
+fn a_service_that_is_gone_is_no_longer_left_out() {
+    let mut services: Vec<_> = (0..8).map(web).collect();
+    let mut backend = IptablesBackend::new(Simulated::default(), rules());
+    let refuses = ["10.244.1.7:8080"];
+    apply(&mut backend, &services, &refuses, true).unwrap();
+    services.pop();
+    apply(&mut backend, &services, &refuses, true).unwrap();
+    assert_eq!(names(&backend), [""; 0]);
+}
