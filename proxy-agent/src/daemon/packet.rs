@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use nix::unistd::{AccessFlags, access};
@@ -38,10 +38,7 @@ use crate::{
 mod tools;
 
 pub use tools::Tools;
-use tools::{tell_families, tell_tools};
-
-/// Between two tries of a family whose tools do not work, while the other one's do.
-const TRY_FAMILIES: Duration = Duration::from_secs(5);
+use tools::{LateFamilies, tell_tools};
 
 /// What serves the node beside this layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,20 +103,12 @@ pub fn start(
         };
         let mut told = LeftOut::default();
         let mut beside = Beside::new(give_way, Arc::clone(&metrics));
-        let mut try_families_at = Instant::now() + TRY_FAMILIES;
+        let mut families = LateFamilies::default();
         layer.run(&feed.inbox, compile, |backend, status| {
             told.tell(backend.left_out(), &metrics);
             beside.tend(backend, status);
-            let mut is_news = false;
-            if Instant::now() >= try_families_at {
-                try_families_at = Instant::now() + TRY_FAMILIES;
-                is_news = backend.tables_mut().try_again();
-            }
+            let is_news = families.tend(backend, &metrics);
             if is_news {
-                let host = backend.tables().host();
-                tracing::info!(families = ?host.families(), "the tools of one more family work: it is served");
-                tell_families(host, &metrics);
-                backend.serve(host.families());
                 feed.inbox.push(Scope::All);
             }
             // While a source lacks something the rules keep what they had; what was noted before another proxy took the node is

@@ -95,7 +95,7 @@ impl Host {
     /// # Errors
     /// As for [`Host::open`]; there is no such namespace to be had.
     pub fn for_planning() -> Result<Self, Error> {
-        probe::elsewhere(&Self::find(None)?)
+        probe::elsewhere(&Self::untried(None)?)
     }
 
     /// What was found, and why.
@@ -130,15 +130,10 @@ impl Host {
 
     /// Tries the families that could not be served; says whether one can be now.
     pub fn try_again(&mut self) -> bool {
-        let before = self.lacks.len();
-        let lacks = std::mem::take(&mut self.lacks).into_keys();
-        let lacks = lacks.filter_map(|family| {
-            let error = probe::serves(self, family).err()?;
-            Some((family, format!("{error:#}")))
-        });
-        let lacks = lacks.collect();
-        self.lacks = lacks;
-        self.lacks.len() < before
+        let before = std::mem::take(&mut self.lacks);
+        let tried = before.len();
+        self.lacks = probe::failing(before.into_keys(), |family| probe::serves(self, family));
+        self.lacks.len() < tried
     }
 
     fn tool(&self, family: Family, verb: &str) -> Result<PathBuf, Error> {

@@ -9,7 +9,12 @@ use tokio::sync::watch;
 
 use super::Place;
 use crate::{
-    backends::iptables::host::{Host, Owner, affinity::AffinityRoom, is_in_kernel},
+    backends::iptables::{
+        IptablesBackend,
+        host::{Host, Owner, affinity::AffinityRoom, is_in_kernel},
+        tables::Tables as _,
+        watch::Watched,
+    },
     metrics::Metrics,
     sync::{Inbox, SyncStatus},
 };
@@ -18,6 +23,9 @@ use crate::{
 const FIRST_TRY: Duration = Duration::from_secs(1);
 /// Longest wait between two tries of tools that do not work.
 const LAST_TRY: Duration = Duration::from_secs(30);
+
+/// Between two tries of a family whose tools do not work, while the other one's do.
+const TRY_FAMILIES: Duration = Duration::from_secs(5);
 
 /// Where the layer's tools come from.
 #[derive(Debug)]
@@ -63,6 +71,44 @@ impl Tools {
     }
 }
 
+/// Families whose tools do not work, while the other one's do.
+#[derive(Debug)]
+pub(super) struct LateFamilies {
+    try_at: Instant,
+}
+
+impl Default for LateFamilies {
+    fn default() -> Self {
+        Self {
+            try_at: Instant::now() + TRY_FAMILIES,
+        }
+    }
+}
+
+impl LateFamilies {
+    /// Tries them now and then. Has those served whose tools work, and says whether there is one: then everything has to be
+    /// planned again.
+    pub(super) fn tend(
+        &mut self,
+        backend: &mut IptablesBackend<Watched<Host>>,
+        metrics: &Metrics,
+    ) -> bool {
+        if Instant::now() < self.try_at {
+            return false;
+        }
+        self.try_at = Instant::now() + TRY_FAMILIES;
+        let is_news = backend.tables_mut().try_again();
+        if is_news {
+            let host = backend.tables().host();
+            let families = host.families();
+            tracing::info!(?families, "the tools of one more family work: it is served");
+            tell_families(host, metrics);
+            backend.serve(families);
+        }
+        is_news
+    }
+}
+
 /// Says what was found.
 pub(super) fn tell_tools(host: &Host, metrics: &Metrics) {
     tracing::info!(variant = %host.variant(), why = host.why(), version = host.version(), features = ?host.features(), "iptables");
@@ -78,7 +124,7 @@ pub(super) fn tell_tools(host: &Host, metrics: &Metrics) {
 }
 
 /// Says which families are not served, and counts those that should be.
-pub(super) fn tell_families(host: &Host, metrics: &Metrics) {
+fn tell_families(host: &Host, metrics: &Metrics) {
     let mut failed = 0;
     for (family, error) in host.lacks() {
         if is_in_kernel(*family) {

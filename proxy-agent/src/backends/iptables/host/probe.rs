@@ -28,13 +28,24 @@ const RANDOM_FULLY: [u32; 3] = [1, 6, 2];
 pub fn lacks(
     trial: impl Fn(Family) -> Result<(), Error>,
 ) -> Result<BTreeMap<Family, String>, Error> {
-    match [Family::V4, Family::V6].map(|family| (family, trial(family))) {
-        [(_, Err(error)), (_, Err(_))] => Err(error),
-        tried => Ok(tried
-            .into_iter()
-            .filter_map(|(family, result)| Some((family, format!("{:#}", result.err()?))))
-            .collect()),
+    let lacks = failing([Family::V4, Family::V6], trial);
+    match lacks.len() {
+        2 => Err(Error::Unusable(
+            lacks.into_values().next().unwrap_or_default(),
+        )),
+        _ => Ok(lacks),
     }
+}
+
+/// Those of `families` that fail in `trial`, and what the tools say.
+pub fn failing(
+    families: impl IntoIterator<Item = Family>,
+    trial: impl Fn(Family) -> Result<(), Error>,
+) -> BTreeMap<Family, String> {
+    let tried = families.into_iter().map(|family| (family, trial(family)));
+    tried
+        .filter_map(|(family, result)| Some((family, format!("{:#}", result.err()?))))
+        .collect()
 }
 
 /// Whether the kernel knows a family at all (`ipv6.disable=1`).
