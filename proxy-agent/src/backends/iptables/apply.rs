@@ -4,14 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     IptablesBackend, Key,
-    draft::{Chain, Draft, LeftOut, Line, Text},
+    draft::{Chain, Dispatched, Draft, LeftOut, Line, Text},
     names::ChainName,
     rules::{
         base::{self, Anchor, KUBELET_FIREWALL},
-        service,
-        tree::{Wanted, is_leaf_of, leaf_owner},
+        found, service,
+        tree::Wanted,
     },
-    save::parse,
     shared::is_shared,
     tables::{AddressSet, RestoreError, Table, Tables},
 };
@@ -157,8 +156,8 @@ struct Attempt<'a, T> {
     table: Table,
     draft: Draft,
     left_out: LeftOut,
-    /// The chains of the table; read when something is left out.
-    present: BTreeSet<ChainName>,
+    /// As it was before; read when something is refused.
+    dispatched: Dispatched,
     attempts: u32,
     /// What the tool said last.
     message: String,
@@ -177,7 +176,7 @@ impl<'a, T: Tables> Attempt<'a, T> {
             table,
             draft,
             left_out: LeftOut::default(),
-            present: BTreeSet::new(),
+            dispatched: Dispatched::default(),
             attempts: 0,
             message: String::new(),
         }
@@ -194,15 +193,14 @@ impl<'a, T: Tables> Attempt<'a, T> {
             let message = self.message.clone();
             if self.attempts == 1 {
                 let text = self.backend.tables.save(self.family, self.table)?;
-                let saved = parse(&text, self.family, self.table, &[])?;
-                self.present = saved.chains.into_keys().collect();
+                self.dispatched = Dispatched::read(&text, self.family, self.table)?;
             }
             let found = line.and_then(|line| text.line(line));
             let is_news = found.is_some_and(|(line, rule)| self.leave_out(&line.clone(), rule));
             if !is_news {
                 self.bisect()?;
             }
-            for owner in self.left_out.services.keys() {
+            for owner in &self.left_out.services {
                 said.entry(owner.clone()).or_insert_with(|| message.clone());
             }
         }
@@ -219,7 +217,8 @@ impl<'a, T: Tables> Attempt<'a, T> {
     }
 
     fn text(&self, left_out: &LeftOut) -> Text {
-        self.draft.text(self.table, left_out, &self.present)
+        let Self { family, table, .. } = *self;
+        self.draft.text(family, table, left_out, &self.dispatched)
     }
 
     /// None if it went in, else the line that was refused, if one was named.
@@ -248,54 +247,28 @@ impl<'a, T: Tables> Attempt<'a, T> {
 
     /// Leaves out what a refused line is for; false if that is nobody, or was left out before.
     fn leave_out(&mut self, line: &Line, rule: &str) -> bool {
-        let (owner, unreached) = match line {
-            Line::Frame => return false,
+        let owner = match line {
+            Line::Frame => None,
             Line::Deletion => {
                 return !std::mem::replace(&mut self.left_out.deletions, true);
             }
             Line::Of(chain) => match self.draft.chains.get(chain) {
-                Some(Chain {
-                    owner: Some(owner), ..
-                }) => (Some(owner.clone()), false),
-                Some(Chain { owner: None, .. }) => (self.owner_of(rule), true),
-                None => (None, false),
+                Some(Chain { owner: None, .. }) => {
+                    let leaf = found::leaf(self.family, self.table, *chain, rule);
+                    leaf.map(|(_, leaf)| leaf.owner)
+                }
+                chain => chain.and_then(|chain| chain.owner.clone()),
             },
         };
-        let Some(owner) = owner else {
-            return false;
-        };
-        let before = self.left_out.services.insert(owner, unreached);
-        before.is_none_or(|before| before != unreached && unreached)
-    }
-
-    fn owner_of(&self, rule: &str) -> Option<ServicePort> {
-        let leaves = self.backend.known.leaves.values();
-        let mut owners = leaves.map(|leaf| &leaf.owner);
-        owners
-            .find(|owner| owner.family == self.family && is_leaf_of(rule, owner))
-            .cloned()
+        owner.is_some_and(|owner| self.left_out.services.insert(owner))
     }
 
     /// Finds out by trying which service ports have to be left out.
     fn bisect(&mut self) -> Result<(), Error> {
-        let owners = self.draft.chains.values();
-        let mut suspects: BTreeSet<ServicePort> =
-            owners.filter_map(|chain| chain.owner.clone()).collect();
-        let shared = self.draft.chains.values();
-        let rules = shared.filter(|chain| chain.owner.is_none());
-        let rules = rules.flat_map(|chain| chain.body.lines());
-        let written: BTreeSet<&str> = rules.filter_map(leaf_owner).collect();
-        for leaf in self.backend.known.leaves.values() {
-            let name = leaf.owner.to_string();
-            if leaf.owner.family == self.family && written.contains(name.as_str()) {
-                suspects.insert(leaf.owner.clone());
-            }
-        }
-        let known = &self.left_out.services;
-        let suspects: Vec<_> = suspects
-            .into_iter()
-            .filter(|owner| !known.contains_key(owner))
-            .collect();
+        let Self { family, table, .. } = *self;
+        let mut suspects = self.draft.owners(family, table, &self.dispatched);
+        suspects.retain(|owner| !self.left_out.services.contains(owner));
+        let suspects: Vec<_> = suspects.into_iter().collect();
         let mut base = self.left_out.clone();
         base.deletions = true;
         if self.goes_in(&base, &[])? {
@@ -316,19 +289,16 @@ impl<'a, T: Tables> Attempt<'a, T> {
         suspects: &[ServicePort],
     ) -> Result<LeftOut, Error> {
         if let [culprit] = suspects {
-            left_out.services.insert(culprit.clone(), true);
+            left_out.services.insert(culprit.clone());
             return Ok(left_out);
         }
         let (first, second) = suspects.split_at(suspects.len() / 2);
         if !self.goes_in(&left_out, second)? {
             let mut without = left_out.clone();
-            without
-                .services
-                .extend(second.iter().map(|owner| (owner.clone(), true)));
+            without.services.extend(second.iter().cloned());
             let found = self.culprits(without, first)?.services.into_iter();
-            left_out
-                .services
-                .extend(found.filter(|(owner, _)| !second.contains(owner)));
+            let found = found.filter(|owner| !second.contains(owner));
+            left_out.services.extend(found);
             if self.goes_in(&left_out, &[])? {
                 return Ok(left_out);
             }
@@ -338,9 +308,7 @@ impl<'a, T: Tables> Attempt<'a, T> {
 
     fn goes_in(&mut self, left_out: &LeftOut, and: &[ServicePort]) -> Result<bool, Error> {
         let mut left_out = left_out.clone();
-        left_out
-            .services
-            .extend(and.iter().map(|owner| (owner.clone(), true)));
+        left_out.services.extend(and.iter().cloned());
         let text = self.text(&left_out);
         Ok(self.restore(&text)?.is_none())
     }

@@ -9,11 +9,16 @@ use super::{
     names::ChainName,
     rules::{
         base::{Anchor, KUBELET_FIREWALL},
-        tree::is_leaf_of,
+        found,
+        tree::LeafKey,
     },
+    save::{self, lines, ours},
     tables::Table,
 };
-use crate::state::ServicePort;
+use crate::{
+    backends::Error,
+    state::{Family, ServicePort},
+};
 
 /// What a table gets.
 #[derive(Debug, Default)]
@@ -39,10 +44,42 @@ pub(super) struct Chain {
 /// What is not written of a draft.
 #[derive(Clone, Debug, Default)]
 pub(super) struct LeftOut {
-    /// Their chains stay as they are; those with true have no rule that leads to them either.
-    pub(super) services: BTreeMap<ServicePort, bool>,
+    /// Their chains, and the rules that lead there, stay as they are.
+    pub(super) services: BTreeSet<ServicePort>,
     /// No chain is removed: one that stayed may lead there.
     pub(super) deletions: bool,
+}
+
+/// The rules of a table that lead to Services: by what they match, for whom they are. A kube-proxy may have two for one
+/// frontend.
+#[derive(Debug, Default)]
+pub(super) struct Dispatched(BTreeMap<LeafKey, Vec<(ServicePort, String)>>);
+
+impl Dispatched {
+    /// Reads them from what `iptables-save` says.
+    ///
+    /// # Errors
+    /// The text ends in the middle.
+    pub(super) fn read(text: &str, family: Family, table: Table) -> Result<Self, Error> {
+        let mut dispatched = Self::default();
+        for line in lines(text, table)? {
+            if let save::Line::Rule(chain, rule) = line
+                && let Some(chain) = ours(table, chain)
+                && let Some((key, leaf)) = found::leaf(family, table, chain, rule)
+            {
+                let rules = dispatched.0.entry(key).or_default();
+                rules.push((leaf.owner, rule.to_owned()));
+            }
+        }
+        Ok(dispatched)
+    }
+
+    /// Those that match the same, for `owner`.
+    fn rules<'a>(&'a self, key: &LeafKey, owner: &'a ServicePort) -> impl Iterator<Item = &'a str> {
+        let rules = self.0.get(key).into_iter().flatten();
+        let of_owner = rules.filter(move |(of, _)| of == owner);
+        of_owner.map(|(_, rule)| rule.as_str())
+    }
 }
 
 /// What a line of the text is about.
@@ -68,45 +105,69 @@ impl Draft {
         chains.is_empty() && anchors.is_empty() && deletions.is_empty() && lifted.is_empty()
     }
 
-    /// The transaction: chains before rules, deletions last. `present` are the chains of the table, which matter only when
-    /// something is left out: a chain that is missing is created empty, so that rules can lead to it.
+    /// Service ports of which it writes something that the table does not hold.
+    pub(super) fn owners(
+        &self,
+        family: Family,
+        table: Table,
+        dispatched: &Dispatched,
+    ) -> BTreeSet<ServicePort> {
+        let mut owners = BTreeSet::new();
+        for (name, chain) in &self.chains {
+            if let Some(owner) = &chain.owner {
+                owners.insert(owner.clone());
+                continue;
+            }
+            for rule in chain.body.lines() {
+                if let Some((key, leaf)) = found::leaf(family, table, *name, rule)
+                    && !dispatched.rules(&key, &leaf.owner).any(|of| of == rule)
+                {
+                    owners.insert(leaf.owner);
+                }
+            }
+        }
+        owners
+    }
+
+    /// The transaction: chains before rules, deletions last. `dispatched` matters only when something is left out.
     pub(super) fn text(
         &self,
+        family: Family,
         table: Table,
         left_out: &LeftOut,
-        present: &BTreeSet<ChainName>,
+        dispatched: &Dispatched,
     ) -> Text {
         let mut text = Text::default();
         text.push(Line::Frame, format_args!("*{table}"));
         let is_written = |chain: &Chain| {
             let owner = chain.owner.as_ref();
-            owner.is_none_or(|owner| !left_out.services.contains_key(owner))
+            owner.is_none_or(|owner| !left_out.services.contains(owner))
         };
         let deletions: &[ChainName] = match left_out.deletions || !left_out.services.is_empty() {
             true => &[],
             false => &self.deletions,
         };
-        let declared = self
-            .chains
-            .iter()
-            .filter(|(name, chain)| is_written(chain) || !present.contains(*name));
-        for name in declared.map(|(name, _)| name).chain(deletions) {
+        let written = self.chains.iter().filter(|(_, chain)| is_written(chain));
+        for name in written.clone().map(|(name, _)| name).chain(deletions) {
             text.push(Line::Of(*name), format_args!(":{name} - [0:0]"));
         }
         if self.makes_kubelet_firewall {
             text.push(Line::Frame, format_args!(":{KUBELET_FIREWALL} - [0:0]"));
         }
-        let unreached: Vec<&ServicePort> = left_out
-            .services
-            .iter()
-            .filter_map(|(owner, unreached)| unreached.then_some(owner))
-            .collect();
-        for (name, chain) in self.chains.iter().filter(|(_, chain)| is_written(chain)) {
-            let is_kept = |rule: &&str| {
-                chain.owner.is_some() || !unreached.iter().any(|owner| is_leaf_of(rule, owner))
-            };
-            for rule in chain.body.lines().filter(is_kept) {
-                text.push(Line::Of(*name), format_args!("-A {name} {rule}"));
+        let leaf_left_out = |name, rule: &str| {
+            if left_out.services.is_empty() {
+                return None;
+            }
+            let leaf = found::leaf(family, table, name, rule);
+            leaf.filter(|(_, leaf)| left_out.services.contains(&leaf.owner))
+        };
+        for (name, chain) in written {
+            for rule in chain.body.lines() {
+                let mut push = |rule| text.push(Line::Of(*name), format_args!("-A {name} {rule}"));
+                match leaf_left_out(*name, rule) {
+                    Some((key, leaf)) => dispatched.rules(&key, &leaf.owner).for_each(push),
+                    None => push(rule),
+                }
             }
         }
         for Anchor { chain, rule } in &self.anchors {

@@ -373,15 +373,3 @@ fn push_leaf(body: Option<&mut Body>, key: &LeafKey, leaf: &Leaf) {
         ..Rule::new(key.family, target)
     });
 }
-
-/// The service port that a rule of a leaf is for, as its comment names it.
-pub(in super::super) fn leaf_owner(rule: &str) -> Option<&str> {
-    let (_, comment) = rule.split_once("--comment \"")?;
-    comment.split_once(' ').map(|(owner, _)| owner)
-}
-
-/// Whether a rule of a leaf is for this service port.
-pub(in super::super) fn is_leaf_of(rule: &str, owner: &ServicePort) -> bool {
-    let of_protocol = format!("-p {} ", protocol(owner.protocol));
-    rule.contains(&of_protocol) && leaf_owner(rule).is_some_and(|name| name == owner.to_string())
-}

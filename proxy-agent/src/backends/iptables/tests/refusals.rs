@@ -90,6 +90,40 @@ fn a_service_whose_change_is_refused_is_served_as_before() {
 }
 
 #[test]
+fn while_the_culprit_is_looked_for_everybody_else_is_served() {
+    let mut services: Vec<_> = (0..20).map(web).collect();
+    let mut backend = holding(rules(), &of(&services.iter().collect::<Vec<_>>()));
+    // Others change as well, their chains or what leads to them.
+    services[3].backends[0].address = [10, 244, 9, 9].into();
+    services[4].backends[0].address = [10, 244, 1, 44].into();
+    services[5].internal_policy = TrafficPolicy::Local;
+    services[5].backends[0] = endpoint([10, 244, 1, 5].into(), true);
+    services.extend((20..24).map(web));
+    let mut tables = backend.tables().clone();
+    tables.log.clear();
+    *backend.tables_mut() = tables.clone();
+    apply(&mut backend, &services, &["10.244.9.9:8080"], false).unwrap();
+    assert_eq!(names(&backend), ["default/web-3:http"]);
+
+    let log = std::mem::take(&mut backend.tables_mut().log);
+    assert!(log.len() > 3, "{log:?}");
+    for (family, table, text) in log {
+        tables.restore(family, table, &text).unwrap();
+        *backend.tables_mut() = tables.clone();
+        for number in 0..20 {
+            let is_changed = number == 4 && !served(&backend, number);
+            let to = match is_changed {
+                true => "10.244.1.44:8080".to_owned(),
+                false => format!("10.244.1.{number}:8080"),
+            };
+            assert_eq!(ends(&backend, &client(number)), texts([&to]), "{text}");
+        }
+    }
+    assert!((20..24).all(|number| served(&backend, number)));
+    assert!(!served(&backend, 4));
+}
+
+#[test]
 fn a_chain_that_cannot_be_removed_costs_nobody_anything() {
     for names_lines in [true, false] {
         let mut services: Vec<_> = (0..20).map(web).collect();
