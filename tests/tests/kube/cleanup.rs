@@ -34,7 +34,9 @@ fn restore(c: &Cluster, variant: Variant, text: &str) -> anyhow::Result<()> {
     std::fs::write(&file, text)?;
     let tool = format!("iptables-{}-restore", variant.name());
     let file = file.display().to_string();
-    c.scenario.a.output(&tool, &["--noflush", &file])?;
+    c.scenario
+        .a
+        .output(&tool, &["--noflush", "-w", "10", &file])?;
     Ok(())
 }
 
