@@ -25,10 +25,12 @@ use crate::{
 mod compiled;
 mod inbox;
 mod quarrel;
+mod status;
 
 pub use compiled::Compiled;
 pub use inbox::{Inbox, Scope, Turn};
 use quarrel::Quarrel;
+pub use status::SyncStatus;
 
 /// Wait after the first of a row of errors; doubles with each.
 const FIRST_RETRY: Duration = Duration::from_millis(10);
@@ -39,25 +41,6 @@ const AUDIT_EVERY: Duration = Duration::from_secs(60);
 
 /// A backend is tended at least this often: what somebody else changes has to be back within a second.
 const TEND_EVERY: Duration = Duration::from_millis(500);
-
-/// How a layer is doing.
-#[derive(Clone, Debug, Default)]
-pub struct SyncStatus {
-    /// Which layer: "socket", "packet".
-    pub layer: &'static str,
-    /// The kernel has held a complete desired state since the agent started, or somebody else's that is only observed.
-    pub is_synced: bool,
-    /// The kernel holds a complete desired state that this layer keeps: not somebody else, whom it observes.
-    pub is_serving: bool,
-    /// Why not, or what went wrong last; none after a success.
-    pub last_error: Option<String>,
-    /// End of the last sync without an error.
-    pub last_success: Option<Instant>,
-    /// Counts syncs that changed something.
-    pub generation: u64,
-    /// Service ports and addresses that the kernel holds.
-    pub entries: usize,
-}
 
 /// One layer: a backend, and what is known of the kernel behind it.
 #[derive(Debug)]
@@ -92,16 +75,6 @@ pub struct Due {
     pub not_before: Option<Instant>,
     /// Without any change, a turn is due then.
     pub until: Instant,
-}
-
-impl SyncStatus {
-    /// Where the layer called `layer` will say how it is doing.
-    pub fn channel(layer: &'static str) -> watch::Sender<Self> {
-        watch::Sender::new(Self {
-            layer,
-            ..Self::default()
-        })
-    }
 }
 
 impl<B: Backend> Layer<B> {

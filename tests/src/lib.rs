@@ -15,6 +15,7 @@ pub mod janitor;
 pub mod kube;
 pub mod load;
 pub mod manifests;
+pub mod marker;
 pub mod names;
 pub mod peer;
 pub mod place;

@@ -1,7 +1,6 @@
 //! What most scenarios need: two nodes, a client, a server on each node, and the agent of the client's node.
 
 use std::{
-    cell::Cell,
     collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -11,7 +10,11 @@ use std::{
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use crate::{Agent, Endpoint, Manifests, Node, Peer, Pod, Service, Topology, wait_for};
+use crate::{
+    Agent, Endpoint, Manifests, Node, Peer, Pod, Service, Topology,
+    marker::{MARKER, Marker, find},
+    wait_for,
+};
 
 /// Where the pods serve TCP.
 pub const TCP_TARGET: u16 = 8080;
@@ -293,50 +296,6 @@ impl Scenario {
             .cloned()
             .with_context(|| format!("no {service} in {services}"))
     }
-}
-
-/// What [`Marker`] is called.
-const MARKER: &str = "default/marker:marker";
-
-/// A Service with another port each time, by which an agent is seen to have read what was written before it.
-#[derive(Debug, Default)]
-pub struct Marker(Cell<u16>);
-
-impl Marker {
-    /// Waits until the kernel holds everything that the files said when this was called.
-    ///
-    /// # Errors
-    /// It did not get there.
-    pub fn settle(&self, agent: &Agent, manifests: &Manifests) -> anyhow::Result<()> {
-        // A change is applied before a later one, deletions last: when the second marker is there, the sync with the
-        // first one is over.
-        for _ in 0..2 {
-            let port = self.put(manifests, Ipv4Addr::new(10, 96, 255, 254).into())?;
-            wait_for("the change arrives in the kernel", SOON, || {
-                let services = agent.json(&["dump", "services"])?;
-                let found = find(&services, MARKER)
-                    .is_some_and(|service| service["frontends"][0]["port"] == port);
-                ensure!(found, "{services}\n{}", agent.log());
-                Ok(())
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Writes it with its next port, which is told.
-    fn put(&self, manifests: &Manifests, vip: IpAddr) -> anyhow::Result<u16> {
-        let port = self.0.get() + 1;
-        self.0.set(port);
-        manifests.put(&Service::new("marker", &[vip]).port("marker", "TCP", port, port))?;
-        Ok(port)
-    }
-}
-
-fn find<'a>(services: &'a Value, name: &str) -> Option<&'a Value> {
-    services
-        .as_array()?
-        .iter()
-        .find(|service| service["service"] == name)
 }
 
 /// Who answers `times` connections; none may fail.

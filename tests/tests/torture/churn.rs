@@ -11,8 +11,8 @@ use anyhow::ensure;
 use proxy_tests::{
     Agent, Endpoint, Manifests, Node, Pod, Service, Topology,
     load::{LoadPlan, LoadReport, Record, Talk},
+    marker::Marker,
     peer::Load,
-    scenario::Marker,
 };
 
 use serde_json::{Value, json};
