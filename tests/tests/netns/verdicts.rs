@@ -177,7 +177,12 @@ fn more_clients_than_xt_recent_remembers_stay_with_their_endpoints() {
         ensure!(first.iter().any(|[tcp, udp]| tcp != udp), "{first:?}");
         let again = who()?;
         ensure!(again == first, "{first:?} became {again:?}");
+        let agent = &world.s.agent;
+        let deleted = "proxy_agent_conntrack_flows_deleted_total";
+        let before = agent.metric(deleted, "")?;
         world.apply(&[sticky.endpoint(near)])?;
+        // A datagram from a port that was used before would go on with that flow.
+        agent.wait_metric(deleted, "", |deleted| deleted > before)?;
         let left = who()?;
         ensure!(left.iter().flatten().all(|pod| pod == "near"), "{left:?}");
         Ok(())
