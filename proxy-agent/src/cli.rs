@@ -101,9 +101,16 @@ pub enum Command {
 /// Where Services come from.
 #[derive(Clone, Debug, Args)]
 pub struct Sources {
-    /// Folder of Kubernetes YAML and JSON (Service, EndpointSlice, Node), followed live
-    #[arg(long, value_name = "DIR")]
+    /// Folder of Kubernetes YAML and JSON (Service, EndpointSlice, Node), followed live, instead of an API server
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"])]
     pub manifests: Option<PathBuf>,
+    /// How to reach the API server [default: as a pod]
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The API server's own address, where it is not the one of the kubeconfig or of the pod's environment, which is a
+    /// Service that only this agent makes work
+    #[arg(long, value_name = "URL")]
+    pub master: Option<String>,
     /// Serve node ports, and answer health checks of load balancers, only on addresses of the node in these networks, or on
     /// its main ones (`primary`); a family without a network is served on all [default: all]
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]

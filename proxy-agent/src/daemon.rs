@@ -1,12 +1,12 @@
 //! Builds, connects and joins the tasks of `run`:
 //!
 //! ```text
-//! manifests ─┐
-//!            │                ┌─► Inbox ─► thread of the socket layer ─┐
-//!            ├─► Feeds: Model ┤                                        ├─ compile, plan, apply ─► kernel
-//! addresses ─┘                └─► Inbox ─► thread of the packet layer ─┘
-//!                                               │
-//!                                               └─► SyncStatus ─► self-test, health and metrics servers
+//! Kubernetes API or manifests ─┐
+//!                              │                ┌─► Inbox ─► thread of the socket layer ─┐
+//!                              ├─► Feeds: Model ┤                                        ├─ compile, plan, apply ─► kernel
+//!                    addresses ─┘                └─► Inbox ─► thread of the packet layer ─┘
+//!                                                                 │
+//!                                                                 └─► SyncStatus ─► self-test, health and metrics servers
 //! ```
 //!
 //! A signal ends it. The programs stay pinned and go on serving.
@@ -29,7 +29,7 @@ use crate::{
     health::SelfTest,
     metrics::Metrics,
     model::Update,
-    sources::{self, file, node},
+    sources::{self, Origin, node},
     sync::SyncStatus,
 };
 
@@ -65,7 +65,7 @@ const TEST_AGAIN: Duration = Duration::from_secs(5);
 pub enum Error {
     /// Without a source there is nothing to serve.
     #[error(
-        "no source of Services: give --manifests DIR (the Kubernetes API as a source is not built yet)"
+        "no source of Services: give --kubeconfig FILE for a cluster, or --manifests DIR for files; in a pod of a cluster KUBERNETES_SERVICE_HOST would name its API server"
     )]
     NoSource,
     /// A flag that another one needs is missing.
@@ -95,7 +95,7 @@ pub enum Error {
     Unfit(String),
     /// A source cannot start.
     #[error(transparent)]
-    Manifests(#[from] file::Error),
+    Source(#[from] sources::Error),
     /// A source cannot start.
     #[error(transparent)]
     Addresses(#[from] node::Error),
@@ -129,7 +129,7 @@ fn start(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 /// # Errors
 /// The agent cannot run here.
 pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
-    let manifests = args.sources.manifests.as_deref().ok_or(Error::NoSource)?;
+    let origin = place::origin(&args.sources)?;
     backends::process::limit_heaps();
     let reaper = match args.layers.mode {
         Mode::Auto | Mode::Ebpf => Some(Reaper::start(global).map_err(start("the reaper"))?),
@@ -144,22 +144,22 @@ pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
         .build();
     runtime
         .map_err(start("the runtime"))?
-        .block_on(serve(global, args, manifests, reaper))
+        .block_on(serve(global, args, &origin, reaper))
 }
 
 async fn serve(
     global: &Global,
     args: &Run,
-    manifests: &Path,
+    origin: &Origin,
     reaper: Option<Reaper>,
 ) -> Result<(), Error> {
     let mut terminate = signal(SignalKind::terminate()).map_err(start("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(start("signals"))?;
     let here = node_name(global)?;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %here, manifests = %manifests.display(), "starting");
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %here, source = %origin, "starting");
 
     let (updates, received) = mpsc::channel(UPDATES);
-    let broken = file::start(manifests, here.clone(), updates.clone())?;
+    let broken = origin.start(here.clone(), updates.clone())?;
     node::start(updates)?;
     let opened = mode::open(global, args, &here)?;
     let metrics = Arc::new(Metrics::default());
@@ -188,7 +188,7 @@ async fn serve(
     let result = tokio::select! {
         () = follow(received, &feeds) => Err(Error::Ended("sources")),
         () = until_one_is_gone(statuses().collect()) => Err(Error::Ended("layer")),
-        () = count_broken(broken, &metrics) => Err(Error::Ended("manifest source")),
+        () = count_broken(broken, &metrics) => Err(Error::Ended("source of Services")),
         () = after_the_first_syncs(statuses().collect(), cgroup.as_deref(), tested, former) => Err(Error::Ended("self-test")),
         () = health => Err(Error::Ended("healthz server")),
         () = metering => Err(Error::Ended("metrics server")),

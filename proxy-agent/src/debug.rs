@@ -1,6 +1,9 @@
 //! Answers from the kernel's state: `dump`, `explain`, `check`, `plan`, `cleanup`. Only the last one changes anything.
 
-use std::{collections::BTreeSet, io, net::IpAddr, path::Path, process::ExitCode, sync::Arc};
+use std::{
+    collections::BTreeSet, io, net::IpAddr, path::Path, process::ExitCode, sync::Arc,
+    time::Duration,
+};
 
 use proxy_ebpf::{
     abi::{Addr, MemberWord},
@@ -24,6 +27,7 @@ use crate::{
         own_addresses,
     },
     cli, daemon,
+    sources::Origin,
 };
 
 pub mod check;
@@ -60,6 +64,16 @@ pub enum Error {
     /// A source cannot be read.
     #[error(transparent)]
     Source(#[from] daemon::Error),
+    /// A source does not say what there is.
+    #[error("the {origin} has not said within {patience:?} what there is{problems}")]
+    Silent {
+        /// Which one.
+        origin: Origin,
+        /// How long that was.
+        patience: Duration,
+        /// What it said.
+        problems: String,
+    },
     /// There are no pinned maps.
     #[error(
         "{0}; in --mode iptables there are none: `proxy-agent dump rules` prints what serves the node then"
@@ -252,8 +266,8 @@ pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error>
             }
         }
     }
-    if let Some(manifests) = &args.sources.manifests {
-        let desired = desired::read(global, &args.sources, manifests)?;
+    if let Ok(origin) = daemon::place::origin(&args.sources) {
+        let desired = desired::read(global, &args.sources, &origin)?;
         findings.extend(check::sources(&desired));
         if has_sockets {
             findings.push(check::drift(&rehearse::sockets(maps.as_ref(), &desired)?));
@@ -287,15 +301,11 @@ fn check_maps(maps: &PinnedMaps) -> Result<Vec<check::Finding>, Error> {
 /// # Errors
 /// There is no source, or a source, the maps or the rules cannot be read.
 pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
-    let manifests = args
-        .sources
-        .manifests
-        .as_deref()
-        .ok_or(daemon::Error::NoSource)?;
-    let desired = desired::read(global, &args.sources, manifests)?;
+    let origin = daemon::place::origin(&args.sources)?;
+    let desired = desired::read(global, &args.sources, &origin)?;
     if !desired.is_complete {
         tracing::warn!(
-            "until the manifests are mended, `run` adds what is missing and leaves the rest as it finds it"
+            "until the source is mended, `run` adds what is missing and leaves the rest as it finds it"
         );
     }
     let is_usable = || probe(&global.bpf_dir, global.cgroup.as_deref()).is_usable();

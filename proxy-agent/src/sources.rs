@@ -1,17 +1,70 @@
-//! Where the model comes from: folders of Kubernetes manifests ([`file`]) and the node's own addresses ([`node`]).
+//! Where the model comes from: the Kubernetes API ([`kubernetes`]) or a folder of manifests ([`file`]), and the node's own
+//! addresses ([`node`]).
 //!
-//! Each source sends [`Update`](crate::model::Update)s, the first of them everything that it has.
+//! Each source sends [`Update`]s, the first of them everything that it has.
 
 use std::{fmt, path::PathBuf};
 
+use tokio::sync::{mpsc, watch};
+
+use crate::model::{NodeName, Update};
+
 pub mod file;
+pub mod kubernetes;
 pub mod node;
+
+/// Where Services come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A folder of manifests.
+    Manifests(PathBuf),
+    /// The API server.
+    Kubernetes(kubernetes::Access),
+}
+
+/// Why Services cannot be followed at all.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The folder of manifests cannot.
+    #[error(transparent)]
+    Manifests(#[from] file::Error),
+    /// The API server cannot.
+    #[error(transparent)]
+    Kubernetes(#[from] kubernetes::Error),
+}
+
+impl Origin {
+    /// Starts to follow it. The first update is everything that is there. The receiver holds what is wrong with it now; what
+    /// is new is also logged, once.
+    ///
+    /// # Errors
+    /// It cannot be followed.
+    pub fn start(
+        &self,
+        here: NodeName,
+        updates: mpsc::Sender<Update>,
+    ) -> Result<watch::Receiver<Vec<Problem>>, Error> {
+        Ok(match self {
+            Self::Manifests(folder) => file::start(folder, here, updates)?,
+            Self::Kubernetes(access) => kubernetes::start(access, here, updates)?,
+        })
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Manifests(_) => f.write_str("manifests"),
+            Self::Kubernetes(_) => f.write_str("Kubernetes API"),
+        }
+    }
+}
 
 /// Something in a source that is not as it should be. Goes away when it is mended.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
-    /// The file or folder.
-    pub path: PathBuf,
+    /// The file or folder, the object of the API, or its kind.
+    pub place: String,
     /// Line in the file, from 1.
     pub line: Option<usize>,
     /// What is wrong, in which field, and what was done.
@@ -19,10 +72,10 @@ pub struct Problem {
 }
 
 impl fmt::Display for Problem {
-    /// "path:line: what".
+    /// "place:line: what".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { path, line, what } = self;
-        write!(f, "{}", path.display())?;
+        let Self { place, line, what } = self;
+        f.write_str(place)?;
         if let Some(line) = line {
             write!(f, ":{line}")?;
         }

@@ -96,6 +96,14 @@ impl Agent {
         self
     }
 
+    /// Has it follow an API server instead of files, from the next start on.
+    pub fn follow_api(&mut self, kubeconfig: &Path) {
+        if let Some(at) = self.args.iter().position(|arg| arg == "--manifests") {
+            let followed = ["--kubeconfig".to_owned(), kubeconfig.display().to_string()];
+            self.args.splice(at..at + 2, followed);
+        }
+    }
+
     /// Uses another binary from the next start on.
     pub fn use_binary(&mut self, binary: &Path) {
         binary.clone_into(&mut self.binary);

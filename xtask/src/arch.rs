@@ -1,7 +1,7 @@
 //! Type-checks the workspace for a processor that this machine does not have.
 //!
 //! Needs that target's standard library: rustup's, or its source (Debian's rust-web-src, rustup's rust-src), from which
-//! cargo makes it. Nothing is linked, so no other tools of that target are needed.
+//! cargo makes it; and its C compiler, for the build script of a dependency (ring). Nothing of ours is linked.
 
 use std::{path::Path, process::Command};
 

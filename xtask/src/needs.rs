@@ -190,6 +190,22 @@ pub const NEEDS: &[Need] = &[
         source: Source::Library,
     },
     Need {
+        name: "aarch64-linux-gnu-gcc",
+        purpose: Purpose::Arch,
+        why: "compiles what the TLS library has in C and assembler for aarch64",
+        probe: Probe::Program,
+        source: Source::Package("gcc-aarch64-linux-gnu"),
+    },
+    Need {
+        name: "aarch64 C headers",
+        purpose: Purpose::Arch,
+        why: "belong to that compiler",
+        probe: Probe::File("/usr/aarch64-linux-gnu/include/stdint.h", |_| {
+            Ok("/usr/aarch64-linux-gnu/include".into())
+        }),
+        source: Source::Package("libc6-dev-arm64-cross"),
+    },
+    Need {
         name: "cargo-deny",
         purpose: Purpose::Lint,
         why: "checks the dependencies' licences and sources",

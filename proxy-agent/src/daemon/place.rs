@@ -1,12 +1,13 @@
-//! Which node this is: its name, and the cgroup that its sockets live in.
+//! Which node this is: its name, the cgroup that its sockets live in, and where its Services come from.
 
-use std::{fs, path::PathBuf};
+use std::{env, fs, path::PathBuf};
 
 use super::Error;
 use crate::{
     backends::ebpf::probe::cgroup_root,
     cli::{Global, Sources},
     model::NodeName,
+    sources::{Origin, kubernetes::Access},
     state::NodePortAddresses,
 };
 
@@ -40,6 +41,30 @@ pub fn cgroup(global: &Global) -> Result<PathBuf, Error> {
         return Ok(path.clone());
     }
     Ok(cgroup_root()?)
+}
+
+/// Where Services come from: `--manifests`, `--kubeconfig`, or the cluster that this process is a pod of.
+///
+/// # Errors
+/// None of them.
+pub fn origin(sources: &Sources) -> Result<Origin, Error> {
+    let Sources {
+        manifests,
+        kubeconfig,
+        master,
+        nodeport_addresses: _,
+    } = sources;
+    if let Some(folder) = manifests {
+        return Ok(Origin::Manifests(folder.clone()));
+    }
+    if let Some(file) = kubeconfig {
+        let access = Access::Kubeconfig(file.clone(), master.clone());
+        return Ok(Origin::Kubernetes(access));
+    }
+    if master.is_some() || env::var_os("KUBERNETES_SERVICE_HOST").is_some() {
+        return Ok(Origin::Kubernetes(Access::InCluster(master.clone())));
+    }
+    Err(Error::NoSource)
 }
 
 /// Which addresses serve node ports, in either layer.

@@ -114,6 +114,8 @@ fn config(global: &Global, args: &Run, cgroup: Option<&Path>) -> serde_json::Val
         "bpfDir": global.bpf_dir,
         "cgroup": cgroup,
         "manifests": args.sources.manifests,
+        "kubeconfig": args.sources.kubeconfig,
+        "master": args.sources.master,
         "mode": format!("{:?}", args.layers.mode).to_lowercase(),
         "healthzBindAddress": args.healthz_bind_address,
         "metricsBindAddress": args.metrics_bind_address,

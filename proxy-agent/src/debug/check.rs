@@ -164,7 +164,7 @@ pub fn sources(desired: &Desired) -> Vec<Finding> {
     let broken = desired
         .broken
         .iter()
-        .map(|problem| Finding::new("manifests", State::Differs, problem.to_string()));
+        .map(|problem| Finding::new("source", State::Differs, problem.to_string()));
     let problems = desired
         .problems
         .iter()
@@ -172,15 +172,15 @@ pub fn sources(desired: &Desired) -> Vec<Finding> {
     broken.chain(problems).collect()
 }
 
-/// What the manifests ask for and a layer lacks, or the other way round.
+/// What the source asks for and a layer lacks, or the other way round.
 pub fn drift(Rehearsal { layer, changes }: &Rehearsal) -> Finding {
     let what = format!("{layer} layer's state");
     let Some(first) = changes.first() else {
-        return Finding::new(what, State::Ok, "is what the manifests ask for");
+        return Finding::new(what, State::Ok, "is what the source asks for");
     };
     let count = changes.len();
     let detail = format!(
-        "{count} differ from the manifests, the first: {} {}; `proxy-agent plan` lists them",
+        "{count} differ from the source, the first: {} {}; `proxy-agent plan` lists them",
         first.action, first.object
     );
     Finding::new(what, State::Differs, detail)

@@ -1,8 +1,8 @@
 //! What the sources ask for now: read once, by the code that `run` follows them with.
 
-use std::path::Path;
+use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 
 use super::Error;
 use crate::{
@@ -13,9 +13,12 @@ use crate::{
         place::{node_name, node_ports},
     },
     model::Model,
-    sources::{self, file, node},
+    sources::{self, Origin, node},
     state::DesiredState,
 };
+
+/// An API server is waited for this long; files are there at once.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the sources ask for.
 #[derive(Debug)]
@@ -24,17 +27,17 @@ pub struct Desired {
     pub state: DesiredState,
     /// Nothing is missing: `run` would also delete.
     pub is_complete: bool,
-    /// Broken manifests.
+    /// What is wrong in the source of Services.
     pub broken: Vec<sources::Problem>,
     /// What of the Services is not carried out.
     pub problems: Vec<compile::Problem>,
 }
 
-/// Reads manifests and the node's addresses, and compiles them.
+/// Reads a source of Services and the node's addresses, and compiles them.
 ///
 /// # Errors
-/// A source cannot be read.
-pub fn read(global: &Global, sources: &Sources, manifests: &Path) -> Result<Desired, Error> {
+/// A source cannot be read, or does not answer in time.
+pub fn read(global: &Global, sources: &Sources, origin: &Origin) -> Result<Desired, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -46,15 +49,22 @@ pub fn read(global: &Global, sources: &Sources, manifests: &Path) -> Result<Desi
         let here = node_name(global)?;
         let mut model = Model::new(here.clone()).with_node_ports(node_ports(sources));
         let (updates, mut received) = mpsc::channel(1);
-        let broken = file::start(manifests, here, updates.clone()).map_err(daemon::Error::from)?;
+        let broken = origin.start(here, updates.clone());
+        let broken = broken.map_err(daemon::Error::from)?;
         node::start(updates).map_err(daemon::Error::from)?;
-        while !model.is_synced() {
-            let update = received
-                .recv()
-                .await
-                .ok_or(daemon::Error::Ended("sources"))?;
-            model.apply(update);
-        }
+        let read = async {
+            while !model.is_synced() {
+                let update = received.recv().await;
+                model.apply(update.ok_or(daemon::Error::Ended("sources"))?);
+            }
+            Ok::<(), Error>(())
+        };
+        let in_time = timeout(PATIENCE, read).await;
+        in_time.map_err(|_| Error::Silent {
+            origin: origin.clone(),
+            patience: PATIENCE,
+            problems: broken.borrow().iter().map(|of| format!("; {of}")).collect(),
+        })??;
         let mut compiler = Compiler::default();
         let state = compiler.compile_all(&model).state;
         Ok(Desired {

@@ -194,7 +194,7 @@ impl Follower {
 
     fn absent(&self, why: &str) -> Problem {
         Problem {
-            path: self.root.clone(),
+            place: self.root.display().to_string(),
             line: None,
             what: format!(
                 "cannot read the folder of manifests: {why}; everything in use stays as it is until the folder is back"

@@ -33,8 +33,8 @@ pub struct ControlPlane {
     dir: PathBuf,
     /// The EndpointSlices of each Service that was applied.
     slices: RefCell<BTreeMap<String, BTreeSet<String>>>,
-    // The API server goes first.
-    api: Component,
+    // The API server goes first. None while it is stopped.
+    api: Option<Component>,
     _etcd: Component,
 }
 
@@ -65,8 +65,28 @@ impl ControlPlane {
                 .args(["--listen-peer-urls", "http://127.0.0.1:2380"])
                 .args(["--quota-backend-bytes", "8589934592"]);
         })?;
-        let log = dir.join("kube-apiserver.log");
-        let api = Component::start("kube-apiserver", &place, &log, |command| {
+        let mut control = Self {
+            client: Client {
+                place,
+                server: format!("https://{SWITCH}:6443"),
+            },
+            dir,
+            slices: RefCell::default(),
+            api: None,
+            _etcd: etcd,
+        };
+        control.start_api(&[])?;
+        Ok(control)
+    }
+
+    /// Starts the API server with these arguments more, and waits until it is ready.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_api(&mut self, more: &[&str]) -> anyhow::Result<()> {
+        let file = |name: &str| self.dir.join(name).display().to_string();
+        let log = self.dir.join("kube-apiserver.log");
+        let api = Component::start("kube-apiserver", &self.client.place, &log, |command| {
             command
                 .args(["--etcd-servers", ETCD, "--cert-dir", &file("certs")])
                 .args(["--secure-port", "6443", "--bind-address", SWITCH])
@@ -83,20 +103,16 @@ impl ControlPlane {
                 .args(["--service-node-port-range", "20000-32767"])
                 .args(["--disable-admission-plugins", "ServiceAccount"])
                 .args(["--max-requests-inflight", "3000"])
-                .args(["--max-mutating-requests-inflight", "2000"]);
+                .args(["--max-mutating-requests-inflight", "2000"])
+                .args(more);
         })?;
-        let mut control = Self {
-            client: Client {
-                place,
-                server: format!("https://{SWITCH}:6443"),
-            },
-            dir,
-            slices: RefCell::default(),
-            api,
-            _etcd: etcd,
-        };
-        control.wait_ready()?;
-        Ok(control)
+        self.api = Some(api);
+        self.wait_ready()
+    }
+
+    /// Kills the API server.
+    pub fn stop_api(&mut self) {
+        drop(self.api.take());
     }
 
     fn wait_ready(&mut self) -> anyhow::Result<()> {
@@ -107,13 +123,18 @@ impl ControlPlane {
         ];
         wait_for("the API server is ready", START, || {
             // One that ended is told once, after the deadline of nobody.
-            match self.api.ensure_alive() {
+            match self.api.as_mut().map_or(Ok(()), Component::ensure_alive) {
                 Ok(()) => self.client.send(&ready).map(Ok),
                 Err(ended) => Ok(Err(ended)),
             }
         })
         .and_then(|answered| answered)
-        .with_context(|| self.api.last_words())?;
+        .with_context(|| {
+            self.api
+                .as_ref()
+                .map(Component::last_words)
+                .unwrap_or_default()
+        })?;
         Ok(())
     }
 
@@ -152,6 +173,21 @@ impl ControlPlane {
                     .map(|name| Request::delete(&format!("{SLICES}/{name}"))),
             );
         }
+        self.client.send(&requests).map(drop)
+    }
+
+    /// Deletes a Service and its EndpointSlices.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn delete(&self, service: &str) -> anyhow::Result<()> {
+        let slices = self.slices.borrow_mut().remove(service);
+        let slices = slices.unwrap_or_default();
+        let slices = slices
+            .iter()
+            .map(|name| Request::delete(&format!("{SLICES}/{name}")));
+        let service = Request::delete(&format!("{SERVICES}/{service}"));
+        let requests: Vec<Request> = slices.chain([service]).collect();
         self.client.send(&requests).map(drop)
     }
 

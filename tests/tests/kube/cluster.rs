@@ -8,7 +8,7 @@ use proxy_tests::{
     kube::{ControlPlane, Variant},
     load::{LoadPlan, LoadReport, Talk},
     peer::{Load, PATIENCE, Socket},
-    scenario::{OFTEN, SOON, TCP, TCP_TARGET, UDP, UDP_TARGET, who_tcp},
+    scenario::{OFTEN, SOON, TCP, TCP_TARGET, UDP, UDP_TARGET, fails_with, passes, who_tcp},
     wait_for,
 };
 
@@ -70,6 +70,28 @@ impl Cluster {
                 ensure!(who == wanted, "{target}: {who:?} instead of {wanted:?}");
                 Ok(())
             })?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the client is refused, wherever the Service is found.
+    pub fn wait_refused(&self) -> anyhow::Result<()> {
+        let client = self.scenario.client.peer()?;
+        for target in self.targets() {
+            wait_for("the Service is refused", SOON, || {
+                fails_with(client.ask_tcp(target), libc::ECONNREFUSED)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Deletes the Service, and waits until its addresses are nobody's.
+    pub fn delete(&self) -> anyhow::Result<()> {
+        self.control.delete("web")?;
+        let client = self.scenario.client.peer()?;
+        for vip in VIPS {
+            let vip = SocketAddr::new(vip.parse().expect("an address"), TCP);
+            wait_for("the address is nobody's", SOON, || passes(&client, vip))?;
         }
         Ok(())
     }

@@ -1,6 +1,8 @@
-//! The agent and the real kube-proxy on one node: one after the other, and side by side.
+//! The agent with real components of Kubernetes: it follows an API server; and it shares a node with kube-proxy, one after
+//! the other and side by side.
 
 mod beside;
 mod cleanup;
 mod cluster;
+mod source;
 mod swap;

@@ -101,7 +101,7 @@ impl Manifests {
         let unlisted = found.unlisted.into_iter();
         self.unlisted = unlisted
             .map(|(path, error)| Problem {
-                path,
+                place: path.display().to_string(),
                 line: None,
                 what: format!(
                     "cannot be listed: {error}; its files' last good content stays in use"
@@ -130,7 +130,7 @@ impl Manifests {
         let mut found = self.unlisted.clone();
         for (path, faults) in &self.faults {
             found.extend(faults.iter().map(|Fault { line, what }| Problem {
-                path: path.to_path_buf(),
+                place: path.display().to_string(),
                 line: *line,
                 what: what.clone(),
             }));
@@ -141,7 +141,7 @@ impl Manifests {
                 continue;
             };
             found.extend(others.iter().map(|path| Problem {
-                path: path.to_path_buf(),
+                place: path.display().to_string(),
                 line: None,
                 what: format!(
                     "{key} is in {} too, which comes first; this one is ignored",

@@ -1,0 +1,147 @@
+//! The events of one kind of object, for ever: streamed lists where the server has them, else lists by pages.
+
+use std::{fmt::Debug, pin::pin, time::Duration};
+
+use futures_util::StreamExt as _;
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
+use kube::{
+    Api, Resource,
+    runtime::{
+        WatchStreamExt as _,
+        watcher::{self, Event, InitialListStrategy},
+    },
+};
+use serde::de::DeserializeOwned;
+use tokio::{sync::mpsc, time::timeout};
+
+/// A streamed list has given no object for this long: an old server streams without ever saying that it is complete.
+const STALLED: Duration = Duration::from_secs(15);
+
+/// Without another error for this long the kind is followed again: the watcher waits a minute at most from one try to the
+/// next, then half a minute for a connection. It does not tell that it goes on.
+const QUIET: Duration = Duration::from_secs(100);
+
+/// What to follow of a kind.
+#[derive(Clone, Debug)]
+pub enum Selector {
+    /// Objects with, or without, labels.
+    Label(String),
+    /// Objects with these fields.
+    Field(String),
+}
+
+/// What is heard of a kind.
+#[derive(Debug)]
+pub enum Item {
+    /// Of Services.
+    Service(Heard<v1::Service>),
+    /// Of EndpointSlices.
+    Slice(Heard<discovery::EndpointSlice>),
+    /// Of the own Node.
+    Node(Heard<v1::Node>),
+}
+
+/// What is heard of the objects of one kind.
+#[derive(Debug)]
+pub enum Heard<K> {
+    /// Something has happened to one. Boxed: a Node has kilobytes.
+    Event(Box<Event<K>>),
+    /// What keeps us from following them.
+    Failed(String),
+    /// They are followed again, and nothing has happened to them.
+    Quiet,
+}
+
+/// Follows until nobody takes events any more. After an error it waits, longer each time and by chance, and goes on where it
+/// was if the server still knows that point, else with a new list.
+pub async fn follow<K>(
+    api: Api<K>,
+    selector: Selector,
+    item: fn(Heard<K>) -> Item,
+    events: mpsc::Sender<Item>,
+) where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let mut strategy = InitialListStrategy::StreamingList;
+    loop {
+        let mut stream = pin!(
+            kube::runtime::watcher(api.clone(), config(&selector, strategy.clone()))
+                .default_backoff()
+        );
+        let streams = strategy == InitialListStrategy::StreamingList;
+        let (mut is_listing, mut has_failed) = (false, false);
+        loop {
+            let limit = match (streams && is_listing, has_failed) {
+                (true, _) => STALLED,
+                (false, true) => QUIET,
+                (false, false) => Duration::MAX,
+            };
+            let heard = match timeout(limit, stream.next()).await {
+                Ok(Some(Err(error))) if streams && is_refused(&error) => break,
+                Ok(Some(Err(error))) => Heard::Failed(explain::<K>(&error)),
+                Ok(Some(Ok(event))) => Heard::Event(Box::new(event)),
+                Err(_) if !is_listing => Heard::Quiet,
+                // A stream that stalls; it never ends.
+                Err(_) | Ok(None) => break,
+            };
+            is_listing = match &heard {
+                Heard::Event(event) => matches!(**event, Event::Init | Event::InitApply(_)),
+                Heard::Failed(_) | Heard::Quiet => is_listing,
+            };
+            has_failed = matches!(heard, Heard::Failed(_));
+            if events.send(item(heard)).await.is_err() {
+                return;
+            }
+        }
+        tracing::info!(kind = %K::kind(&()), "this API server streams no lists: they are read by pages");
+        strategy = InitialListStrategy::ListWatch;
+    }
+}
+
+fn config(selector: &Selector, strategy: InitialListStrategy) -> watcher::Config {
+    let config = watcher::Config {
+        initial_list_strategy: strategy,
+        ..watcher::Config::default()
+    };
+    match selector {
+        Selector::Label(labels) => config.labels(labels),
+        Selector::Field(fields) => config.fields(fields),
+    }
+}
+
+/// Whether the server does not know streamed lists (the feature gate WatchList is off).
+fn is_refused(error: &watcher::Error) -> bool {
+    let watcher::Error::WatchStartFailed(kube::Error::Api(status)) = error else {
+        return false;
+    };
+    [400, 422].contains(&status.code)
+}
+
+/// What failed; for a right that is missing, which one.
+fn explain<K: Resource<DynamicType = ()>>(error: &watcher::Error) -> String {
+    let resource = K::plural(&());
+    let is_forbidden = match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) => status.is_forbidden(),
+        watcher::Error::WatchError(status) => status.is_forbidden(),
+        _ => false,
+    };
+    let remedy = match is_forbidden {
+        true => format!(
+            "; its ClusterRole needs the rule {{apiGroups: [\"{}\"], resources: [\"{resource}\"], verbs: [\"list\", \"watch\"]}}",
+            K::group(&())
+        ),
+        false => String::new(),
+    };
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(of) = cause {
+        let more = of.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = of.source();
+    }
+    format!("{text}{remedy}; what is known stays in use, trying again")
+}

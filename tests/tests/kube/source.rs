@@ -1,0 +1,117 @@
+//! Services come from the API server.
+
+use anyhow::ensure;
+use proxy_tests::kube::Variant;
+
+use crate::cluster::{Cluster, assert_none_failed};
+
+const MODES: [&str; 2] = ["ebpf", "iptables"];
+
+/// A cluster whose agent follows the API server, and is not started.
+fn in_each_mode(name: &str, body: impl Fn(&mut Cluster) -> anyhow::Result<()>) {
+    for mode in MODES {
+        let name = format!("{name}-{mode}");
+        Cluster::run(&name, Variant::Nft, &["--mode", mode], |c| {
+            let kubeconfig = c.control.kubeconfig()?;
+            c.scenario.agent.follow_api(&kubeconfig);
+            c.control.apply_node(&c.scenario.a)?;
+            body(c)
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn services_of_the_api_server_are_served_and_followed() {
+    in_each_mode("source", |c| {
+        let (near, far) = (c.scenario.near.clone(), c.scenario.far.clone());
+        let outsider = c.scenario.topology.outsider()?;
+        c.apply(&[&near])?;
+        c.scenario.agent.spawn()?;
+        c.scenario.agent.wait_ready()?;
+        c.wait_served_by(&[&near])?;
+        let loads = c.load(&outsider)?;
+        c.apply(&[&near, &far])?;
+        c.wait_served_by(&[&near, &far])?;
+        c.apply(&[&far])?;
+        c.wait_served_by(&[&far])?;
+        assert_none_failed(loads)?;
+        c.apply(&[])?;
+        c.wait_refused()?;
+        c.apply(&[&near])?;
+        c.wait_served_by(&[&near])?;
+        c.delete()
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn without_the_api_server_all_goes_on_and_afterwards_what_was_missed_is_made_good() {
+    in_each_mode("source-gone", |c| {
+        let (near, far) = (c.scenario.near.clone(), c.scenario.far.clone());
+        let outsider = c.scenario.topology.outsider()?;
+        c.apply(&[&near])?;
+        c.scenario.agent.spawn()?;
+        c.scenario.agent.wait_ready()?;
+        c.wait_served_by(&[&near])?;
+        let loads = c.load(&outsider)?;
+        c.control.stop_api();
+        let problems = "proxy_agent_source_problems";
+        c.scenario
+            .agent
+            .wait_metric(problems, "", |count| count > 0.0)?;
+        // A new agent finds what the kernel holds, and deletes nothing.
+        c.scenario.agent.kill9()?;
+        c.scenario.agent.spawn()?;
+        c.scenario.agent.wait_log("following the API server")?;
+        c.wait_served_by(&[&near])?;
+        c.control.start_api(&[])?;
+        c.scenario.agent.wait_ready()?;
+        c.apply(&[&far])?;
+        c.wait_served_by(&[&far])?;
+        c.scenario
+            .agent
+            .wait_metric(problems, "", |count| count == 0.0)?;
+        assert_none_failed(loads)
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_api_server_without_streamed_lists_is_followed_by_pages() {
+    Cluster::run("source-pages", Variant::Nft, &["--mode", "iptables"], |c| {
+        let (near, far) = (c.scenario.near.clone(), c.scenario.far.clone());
+        c.control.stop_api();
+        c.control
+            .start_api(&["--feature-gates", "WatchList=false"])?;
+        c.apply(&[&near])?;
+        c.scenario.agent.follow_api(&c.control.kubeconfig()?);
+        c.scenario.agent.spawn()?;
+        // There is no Node object of its name either.
+        c.scenario.agent.wait_ready()?;
+        c.wait_log("this API server streams no lists")?;
+        c.wait_served_by(&[&near])?;
+        c.apply(&[&far])?;
+        c.wait_served_by(&[&far])?;
+        c.delete()
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_kubeconfig_that_cannot_be_used_is_named() {
+    Cluster::run("source-bad", Variant::Nft, &["--mode", "iptables"], |c| {
+        let missing = c.scenario.topology.state_dir().join("missing");
+        let output =
+            c.scenario
+                .agent
+                .run(&["plan", "--kubeconfig", &missing.display().to_string()])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success());
+        ensure!(
+            said.contains("cannot use the kubeconfig") && said.contains("missing"),
+            "{said}"
+        );
+        Ok(())
+    });
+}
