@@ -57,16 +57,20 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     })
 }
 
+/// What fails at the API server the source tells once; its client would at every try.
+const CLIENT: &str = "kube_client=off,kube_runtime=off";
+
 /// Logs what `--log-level` or RUST_LOG ask for, by default what an operator wants to know.
 fn log_to_stderr(global: &cli::Global) -> anyhow::Result<()> {
     let filter = match &global.log_level {
         // A bare level is about us: at debug, the eBPF loader alone writes hundreds of lines.
         Some(level) if level.parse::<LevelFilter>().is_ok() => {
-            EnvFilter::new(format!("warn,proxy_agent={level}"))
+            EnvFilter::new(format!("warn,{CLIENT},proxy_agent={level}"))
         }
         Some(filter) => EnvFilter::try_new(filter)
             .map_err(|error| anyhow::anyhow!("--log-level {filter}: {error}"))?,
-        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+        None => EnvFilter::try_from_default_env()
+            .unwrap_or_else(|_| EnvFilter::new(format!("info,{CLIENT}"))),
     };
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)

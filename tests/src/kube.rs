@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
-pub use control::ControlPlane;
+pub use control::{ControlPlane, KUBE_PROXY, NOBODY};
 pub use proxy::{KubeProxy, Mode, Periods, Variant};
 
 use crate::place::Place;

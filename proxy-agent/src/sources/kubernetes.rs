@@ -4,7 +4,7 @@
 //! reached everything stays as it is; a list that is read again is compared by name with what is known, and only an object
 //! that a complete list lacks, or whose deletion was told, is gone.
 
-use std::{io, path::PathBuf, thread, time::Duration};
+use std::{io, net::IpAddr, path::PathBuf, thread, time::Duration};
 
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
 use kube::{
@@ -100,9 +100,10 @@ pub fn start(
             match open(&access).await {
                 // Who asked is gone.
                 Err(error) => drop(report.send(Err(error))),
-                Ok(client) => {
+                Ok((client, server)) => {
                     drop(report.send(Ok(())));
-                    follow(client, here, updates, problems).await;
+                    let collector = Collector::new(here, server);
+                    follow(client, collector, updates, problems).await;
                 }
             }
         });
@@ -117,15 +118,18 @@ pub fn start(
     Ok(receiver)
 }
 
-/// Reads who we are and where the server is; sends nothing yet.
-async fn open(access: &Access) -> Result<Client, Error> {
+/// Reads who we are and where the server is, by its address if that is no name; sends nothing yet.
+async fn open(access: &Access) -> Result<(Client, Option<IpAddr>), Error> {
     let config = config(access).await?;
     let server = config.cluster_url.to_string();
     tracing::info!(server, "following the API server");
-    Client::try_from(config).map_err(|cause| Error::Client {
+    let host = config.cluster_url.host().unwrap_or_default();
+    let address = host.trim_matches(['[', ']']).parse().ok();
+    let client = Client::try_from(config).map_err(|cause| Error::Client {
         server,
         cause: Box::new(cause),
-    })
+    })?;
+    Ok((client, address))
 }
 
 async fn config(access: &Access) -> Result<Config, Error> {
@@ -157,12 +161,12 @@ async fn config(access: &Access) -> Result<Config, Error> {
 
 async fn follow(
     client: Client,
-    here: NodeName,
+    mut collector: Collector,
     updates: mpsc::Sender<Update>,
     problems: watch::Sender<Vec<Problem>>,
 ) {
     let (sender, mut events) = mpsc::channel(EVENTS);
-    let own = Selector::Field(format!("metadata.name={here}"));
+    let own = Selector::Field(format!("metadata.name={}", collector.here()));
     let labels = || Selector::Label(LABELS.to_owned());
     let services: Api<v1::Service> = Api::all(client.clone());
     let slices: Api<discovery::EndpointSlice> = Api::all(client.clone());
@@ -180,7 +184,6 @@ async fn follow(
         sender.clone(),
     ));
     tokio::spawn(stream::follow(nodes, own, Item::Node, sender));
-    let mut collector = Collector::new(here);
     let mut node_due = Instant::now() + NODE_PATIENCE;
     let mut batch = Vec::with_capacity(EVENTS);
     loop {

@@ -18,6 +18,10 @@ use super::{
 };
 use crate::{Node, Service, Topology, topology::SWITCH, wait_for};
 
+/// Token of a user who has the role `system:node-proxier`, and nothing else.
+pub const KUBE_PROXY: &str = "kube-proxy";
+/// Token of a user without rights.
+pub const NOBODY: &str = "nobody";
 /// A start takes three seconds on a quiet machine.
 const START: Duration = Duration::from_secs(120);
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
@@ -50,7 +54,9 @@ impl ControlPlane {
         make_keys(&dir)?;
         fs::write(
             dir.join("tokens"),
-            format!("{TOKEN},admin,1,system:masters\n"),
+            format!(
+                "{TOKEN},admin,1,system:masters\n{KUBE_PROXY},system:kube-proxy,2\n{NOBODY},nobody,3\n"
+            ),
         )?;
         let file = |name: &str| dir.join(name).display().to_string();
         let etcd = Component::start("etcd", &place, &dir.join("etcd.log"), |command| {
@@ -95,7 +101,7 @@ impl ControlPlane {
                 .args(["--service-account-signing-key-file", &file("sa.key")])
                 .args(["--service-account-issuer", "https://kubernetes.default"])
                 .args(["--token-auth-file", &file("tokens")])
-                .args(["--authorization-mode", "AlwaysAllow"])
+                .args(["--authorization-mode", "RBAC"])
                 .args([
                     "--service-cluster-ip-range",
                     "10.96.0.0/12,fd00:10:96::/112",
@@ -221,15 +227,23 @@ impl ControlPlane {
     /// # Errors
     /// It cannot be written.
     pub fn kubeconfig(&self) -> anyhow::Result<PathBuf> {
+        self.kubeconfig_of(TOKEN)
+    }
+
+    /// Writes a kubeconfig for who has this token: [`KUBE_PROXY`], [`NOBODY`].
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn kubeconfig_of(&self, token: &str) -> anyhow::Result<PathBuf> {
         let config = json!({
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "c", "cluster": {"server": self.client.server, "insecure-skip-tls-verify": true}}],
-            "users": [{"name": "u", "user": {"token": TOKEN}}],
+            "users": [{"name": "u", "user": {"token": token}}],
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
             "current-context": "x",
         });
-        let path = self.dir.join("kubeconfig");
+        let path = self.dir.join(format!("kubeconfig-{token}"));
         fs::write(&path, config.to_string())?;
         Ok(path)
     }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     hash::Hash,
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -15,10 +16,17 @@ use crate::{
     sources::Problem,
 };
 
+/// The Service by whose address pods reach the API server.
+const API_SERVICE: &str = "default/kubernetes";
+
 /// Takes events, and gives what they change.
 #[derive(Debug)]
 pub struct Collector {
     here: NodeName,
+    /// Where the API server is reached, if by an address.
+    server: Option<IpAddr>,
+    /// That is the Service's address.
+    is_circular: bool,
     services: Known<ServiceName>,
     slices: Known<SliceName>,
     node: Known<()>,
@@ -77,10 +85,12 @@ impl<N: Clone + Eq + Hash> Known<N> {
 }
 
 impl Collector {
-    /// One that knows nothing.
-    pub fn new(here: NodeName) -> Self {
+    /// One that knows nothing; `server` is where the API server is reached, if that is no name.
+    pub fn new(here: NodeName, server: Option<IpAddr>) -> Self {
         Self {
             here,
+            server,
+            is_circular: false,
             services: Known::default(),
             slices: Known::default(),
             node: Known::default(),
@@ -90,6 +100,11 @@ impl Collector {
             impossible: BTreeMap::new(),
             unheard: BTreeMap::new(),
         }
+    }
+
+    /// The node.
+    pub fn here(&self) -> &NodeName {
+        &self.here
     }
 
     /// Takes an event.
@@ -138,8 +153,16 @@ impl Collector {
             line: None,
             what: error.clone(),
         });
+        let circular = self.is_circular.then(|| Problem {
+            place: "API server".to_owned(),
+            line: None,
+            what: format!(
+                "it is reached at the address of the Service {API_SERVICE}, which this agent itself makes work: when the \
+                node starts anew there is no way there; give its own address with --master or in the kubeconfig"
+            ),
+        });
         let impossible = self.impossible.values().flatten().cloned();
-        let mut found: Vec<Problem> = unheard.chain(impossible).collect();
+        let mut found: Vec<Problem> = unheard.chain(circular).chain(impossible).collect();
         found.sort();
         found
     }
@@ -189,6 +212,10 @@ impl Collector {
                     Ok(Some(service)) => {
                         self.judge(Kind::Service, name.as_str(), Vec::new());
                         self.services.names.insert(name.clone());
+                        if name.as_str() == API_SERVICE {
+                            let mut ips = service.cluster_ips.iter();
+                            self.is_circular = ips.any(|ip| Some(*ip) == self.server);
+                        }
                         let service = Some(Arc::new(service));
                         self.objects.services.push((name, service));
                     }

@@ -44,7 +44,7 @@ fn list<K>(item: fn(Heard<K>) -> Item, objects: Vec<K>) -> Vec<Item> {
 }
 
 fn collector() -> Collector {
-    Collector::new(NodeName::new("node-a"))
+    Collector::new(NodeName::new("node-a"), Some([10, 96, 0, 10].into()))
 }
 
 fn take(collector: &mut Collector, items: impl IntoIterator<Item = Item>) {
@@ -224,6 +224,19 @@ fn of_an_impossible_object_the_last_good_version_stays() {
     );
     assert_eq!(next(&mut collector), ["default/a"]);
     assert_eq!(collector.problems(), []);
+}
+
+#[test]
+fn an_api_server_that_is_reached_by_its_service_is_told() {
+    let mut collector = full();
+    assert_eq!(collector.problems(), []);
+    let event = event_of(Event::Apply(service("kubernetes", 443)));
+    collector.take(Item::Service(event));
+    let problem = collector.problems()[0].to_string();
+    assert!(
+        problem.contains("give its own address with --master"),
+        "{problem}"
+    );
 }
 
 #[test]
