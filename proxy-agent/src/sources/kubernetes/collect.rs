@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    fmt::Display,
     hash::Hash,
     net::IpAddr,
     sync::Arc,
@@ -29,7 +30,8 @@ pub struct Collector {
     is_circular: bool,
     services: Known<ServiceName>,
     slices: Known<SliceName>,
-    node: Known<()>,
+    /// Its list was complete, with or without it.
+    is_node_listed: bool,
     /// Not given out yet.
     objects: Objects,
     /// Something was given out.
@@ -93,7 +95,7 @@ impl Collector {
             is_circular: false,
             services: Known::default(),
             slices: Known::default(),
-            node: Known::default(),
+            is_node_listed: false,
             objects: Objects::default(),
             has_begun: false,
             without_node: false,
@@ -122,7 +124,7 @@ impl Collector {
         if !is_known || self.waits_for_node() {
             return None;
         }
-        let was_complete = std::mem::replace(&mut self.objects.complete, self.node.is_synced);
+        let was_complete = std::mem::replace(&mut self.objects.complete, self.is_node_listed);
         let is_news = !self.has_begun || was_complete != self.objects.complete;
         if self.objects.is_empty() && !is_news {
             return None;
@@ -138,7 +140,7 @@ impl Collector {
     /// Whether only the Node is missing.
     pub fn waits_for_node(&self) -> bool {
         let is_known = self.services.is_synced && self.slices.is_synced;
-        is_known && !self.node.is_synced && !self.without_node
+        is_known && !self.is_node_listed && !self.without_node
     }
 
     /// Has everything served without the Node; nothing is deleted until that is known.
@@ -183,7 +185,7 @@ impl Collector {
     }
 
     /// Says what is wrong with an object; nothing ends what was said before.
-    fn judge(&mut self, kind: Kind, name: &str, wrong: Vec<model::Problem>) {
+    fn judge(&mut self, kind: Kind, name: &impl Display, wrong: Vec<model::Problem>) {
         let object = format!("{kind} {name}");
         let problems = wrong.into_iter().map(|problem| Problem {
             place: object.clone(),
@@ -198,93 +200,80 @@ impl Collector {
     }
 
     fn service(&mut self, event: Event<v1::Service>) {
-        match event {
-            Event::Apply(object) | Event::InitApply(object) => {
-                let name = match Service::name(&object) {
-                    Ok(name) => name,
-                    Err(problem) => {
-                        let of = problem.object.clone();
-                        return self.judge(Kind::Service, &of, vec![problem]);
-                    }
-                };
-                self.services.see(&name);
-                match Service::parse(&object) {
-                    Ok(Some(service)) => {
-                        self.judge(Kind::Service, name.as_str(), Vec::new());
-                        self.services.names.insert(name.clone());
-                        if name.as_str() == API_SERVICE {
-                            let mut ips = service.cluster_ips.iter();
-                            self.is_circular = ips.any(|ip| Some(*ip) == self.server);
-                        }
-                        let service = Some(Arc::new(service));
-                        self.objects.services.push((name, service));
-                    }
-                    Ok(None) => self.drop_service(&name),
-                    // Its last good version stays.
-                    Err(problem) => self.judge(Kind::Service, name.as_str(), vec![problem]),
-                }
-            }
-            Event::Delete(object) => {
-                if let Ok(name) = Service::name(&object) {
-                    self.drop_service(&name);
-                }
-            }
-            Event::Init => self.services.begin(),
-            Event::InitDone => {
-                for name in self.services.end() {
-                    self.drop_service(&name);
-                }
-            }
+        let read = |object: &v1::Service, _: &NodeName| {
+            let service = Service::parse(object)?;
+            Ok(service.map(|service| (service, Vec::new())))
+        };
+        let changes = self.changes(
+            event,
+            Kind::Service,
+            |of| &mut of.services,
+            Service::name,
+            read,
+        );
+        let api = changes
+            .iter()
+            .find(|(name, _)| name.as_str() == API_SERVICE);
+        if let Some((_, Some(service))) = api {
+            let mut ips = service.cluster_ips.iter();
+            self.is_circular = ips.any(|ip| Some(*ip) == self.server);
         }
-    }
-
-    fn drop_service(&mut self, name: &ServiceName) {
-        self.judge(Kind::Service, name.as_str(), Vec::new());
-        if self.services.names.remove(name) {
-            self.objects.services.push((name.clone(), None));
-        }
+        self.objects.services.extend(changes);
     }
 
     fn slice(&mut self, event: Event<discovery::EndpointSlice>) {
-        match event {
+        let kind = Kind::EndpointSlice;
+        let changes = self.changes(event, kind, |of| &mut of.slices, Slice::name, Slice::parse);
+        self.objects.slices.extend(changes);
+    }
+
+    /// What an event changes of the objects in `known`; `read` gives what is used of one, and what of it is left out.
+    fn changes<K, N: Clone + Display + Eq + Hash, V>(
+        &mut self,
+        event: Event<K>,
+        kind: Kind,
+        known: fn(&mut Self) -> &mut Known<N>,
+        name: fn(&K) -> Result<N, model::Problem>,
+        read: impl Fn(&K, &NodeName) -> Result<Option<(V, Vec<model::Problem>)>, model::Problem>,
+    ) -> Vec<(N, Option<Arc<V>>)> {
+        let gone = match event {
             Event::Apply(object) | Event::InitApply(object) => {
-                let name = match Slice::name(&object) {
+                let name = match name(&object) {
                     Ok(name) => name,
                     Err(problem) => {
                         let of = problem.object.clone();
-                        return self.judge(Kind::EndpointSlice, &of, vec![problem]);
+                        self.judge(kind, &of, vec![problem]);
+                        return Vec::new();
                     }
                 };
-                self.slices.see(&name);
-                match Slice::parse(&object, &self.here) {
-                    Ok(Some((slice, trimmed))) => {
-                        self.judge(Kind::EndpointSlice, name.as_str(), trimmed);
-                        self.slices.names.insert(name.clone());
-                        self.objects.slices.push((name, Some(Arc::new(slice))));
+                known(self).see(&name);
+                match read(&object, &self.here) {
+                    Ok(Some((value, left_out))) => {
+                        self.judge(kind, &name, left_out);
+                        known(self).names.insert(name.clone());
+                        return vec![(name, Some(Arc::new(value)))];
                     }
-                    Ok(None) => self.drop_slice(&name),
-                    Err(problem) => self.judge(Kind::EndpointSlice, name.as_str(), vec![problem]),
+                    Ok(None) => vec![name],
+                    // Its last good version stays.
+                    Err(problem) => {
+                        self.judge(kind, &name, vec![problem]);
+                        return Vec::new();
+                    }
                 }
             }
-            Event::Delete(object) => {
-                if let Ok(name) = Slice::name(&object) {
-                    self.drop_slice(&name);
-                }
+            Event::Delete(object) => name(&object).into_iter().collect(),
+            Event::Init => {
+                known(self).begin();
+                Vec::new()
             }
-            Event::Init => self.slices.begin(),
-            Event::InitDone => {
-                for name in self.slices.end() {
-                    self.drop_slice(&name);
-                }
-            }
+            Event::InitDone => known(self).end(),
+        };
+        for name in &gone {
+            self.judge(kind, name, Vec::new());
         }
-    }
-
-    fn drop_slice(&mut self, name: &SliceName) {
-        self.judge(Kind::EndpointSlice, name.as_str(), Vec::new());
-        if self.slices.names.remove(name) {
-            self.objects.slices.push((name.clone(), None));
-        }
+        let known = known(self);
+        let gone = gone.into_iter().filter(|name| known.names.remove(name));
+        gone.map(|name| (name, None)).collect()
     }
 
     fn node(&mut self, event: Event<v1::Node>) {
@@ -292,17 +281,12 @@ impl Collector {
             Event::Apply(object) | Event::InitApply(object) => {
                 // An old server may ignore the selector.
                 if Node::name(&object).is_ok_and(|name| name == self.here) {
-                    self.node.see(&());
-                    self.node.names.insert(());
                     self.objects.node = Some(Some(Arc::new(Node::parse(&object))));
                 }
             }
             // A Node that is made again (a machine that was reinstalled) is soon there; until then what was known holds.
-            Event::Delete(_) => {}
-            Event::Init => self.node.begin(),
-            Event::InitDone => {
-                self.node.end();
-            }
+            Event::Delete(_) | Event::Init => {}
+            Event::InitDone => self.is_node_listed = true,
         }
     }
 }
