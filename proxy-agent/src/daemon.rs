@@ -26,13 +26,15 @@ use tokio::{
 use crate::{
     backends::{self, ebpf::kernel::Left},
     cli::{DetectLocalMode, Global, Mode, Run},
-    health::SelfTest,
+    health::{self, SelfTest},
     metrics::Metrics,
     model::Update,
     sources::{self, Origin, node},
+    state::NodePortAddresses,
     sync::SyncStatus,
 };
 
+mod config_file;
 pub mod exclude;
 mod feed;
 mod host_settings;
@@ -115,6 +117,15 @@ pub enum Error {
         "the process that ends UDP sockets of removed backends is gone, and only a new agent can start another; the programs in the kernel go on serving"
     )]
     Reaper,
+    /// A server has no port, and shall not wait for it.
+    #[error(transparent)]
+    Unbound(#[from] health::Unbound),
+    /// The configuration file was written to: a new process reads it.
+    #[error("the configuration {} was changed", .0.display())]
+    Reconfigured(PathBuf),
+    /// Not every setting of the host could be made.
+    #[error("{0} settings of the host could not be made")]
+    Settings(i64),
     /// A bug.
     #[error("the {0} ended early: this is a bug; the programs in the kernel go on serving")]
     Ended(&'static str),
@@ -131,7 +142,7 @@ fn start(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
     let origin = place::origin(&args.sources)?;
     backends::process::limit_heaps();
-    let reaper = match args.layers.mode {
+    let reaper = match args.layers.mode() {
         Mode::Auto | Mode::Ebpf => Some(Reaper::start(global).map_err(start("the reaper"))?),
         Mode::Iptables => None,
     };
@@ -145,6 +156,27 @@ pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
     runtime
         .map_err(start("the runtime"))?
         .block_on(serve(global, args, &origin, reaper))
+}
+
+/// `run --init-only`: makes the settings of the host for an agent that may not.
+///
+/// # Errors
+/// One could not be made.
+pub fn initialise(args: &Run) -> Result<(), Error> {
+    let failed = host_settings::make(&args.host, Path::new("/"));
+    let packet = &args.layers.packet;
+    let node_ports = NodePortAddresses::new(&args.sources.nodeport_addresses);
+    if args.layers.mode() == Mode::Iptables
+        && packet.iptables_localhost_nodeports
+        && node_ports.contain_loopback()
+        && !packet::route_localnet()
+    {
+        return Err(Error::Settings(failed + 1));
+    }
+    match failed {
+        0 => Ok(()),
+        _ => Err(Error::Settings(failed)),
+    }
 }
 
 async fn serve(
@@ -164,8 +196,7 @@ async fn serve(
     let opened = mode::open(global, args, &here)?;
     let metrics = Arc::new(Metrics::default());
     host_settings::apply(&args.host, Path::new("/"), &metrics);
-    let node_ports = place::node_ports(&args.sources);
-    let mut feeds = Feeds::new(here, node_ports);
+    let mut feeds = Feeds::new(place::model(here, &args.sources));
     let (give_way, gives_way) = watch::channel(false);
     let serving = Serving::start(global, args, opened, reaper, &mut feeds, &metrics, give_way)?;
     let Serving {
@@ -190,8 +221,9 @@ async fn serve(
         () = until_one_is_gone(statuses().collect()) => Err(Error::Ended("layer")),
         () = count_broken(broken, &metrics) => Err(Error::Ended("source of Services")),
         () = after_the_first_syncs(statuses().collect(), cgroup.as_deref(), tested, former) => Err(Error::Ended("self-test")),
-        () = health => Err(Error::Ended("healthz server")),
-        () = metering => Err(Error::Ended("metrics server")),
+        unbound = health => Err(unbound.into()),
+        unbound = metering => Err(unbound.into()),
+        file = config_file::changed(args.sources.config.as_deref()) => Err(Error::Reconfigured(file)),
         () = until_ended(reaper_ended) => Err(Error::Reaper),
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),

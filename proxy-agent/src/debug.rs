@@ -1,9 +1,6 @@
 //! Answers from the kernel's state: `dump`, `explain`, `check`, `plan`, `cleanup`. Only the last one changes anything.
 
-use std::{
-    collections::BTreeSet, io, net::IpAddr, path::Path, process::ExitCode, sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, io, net::IpAddr, path::Path, process::ExitCode, time::Duration};
 
 use proxy_ebpf::{
     abi::{Addr, MemberWord},
@@ -14,16 +11,11 @@ use crate::{
     backends::{
         self,
         ebpf::{
-            kernel,
             links::{self, Hook},
             probe::{cgroup_root, probe},
             view::PinnedMaps,
         },
-        iptables::{
-            self,
-            host::{self, Host, Owner, affinity::AffinityRoom},
-            leftovers,
-        },
+        iptables::host::{self, Host, affinity::AffinityRoom},
         own_addresses,
     },
     cli, daemon,
@@ -31,6 +23,7 @@ use crate::{
 };
 
 pub mod check;
+mod cleanup;
 pub mod client;
 pub mod contents;
 pub mod desired;
@@ -48,6 +41,7 @@ pub mod rehearse;
 pub mod routes;
 pub mod rules;
 
+pub use cleanup::{cleanup, cleanup_everything};
 use client::{Client, Presence};
 use contents::Contents;
 use explain::Explanation;
@@ -242,7 +236,7 @@ fn of_endpoint(maps: &PinnedMaps, address: IpAddr) -> Option<Whereabouts> {
 /// # Errors
 /// The answer cannot be written, or a source cannot be read.
 pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error> {
-    let mode = args.layers.mode;
+    let mode = args.layers.mode();
     let probed = probe(&global.bpf_dir, global.cgroup.as_deref());
     let has_sockets = rehearse::has_sockets(mode, || probed.is_usable());
     let mut findings = check::node(&probed, mode != cli::Mode::Iptables);
@@ -309,7 +303,7 @@ pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
         );
     }
     let is_usable = || probe(&global.bpf_dir, global.cgroup.as_deref()).is_usable();
-    let has_sockets = rehearse::has_sockets(args.layers.mode, is_usable);
+    let has_sockets = rehearse::has_sockets(args.layers.mode(), is_usable);
     let mut changes = Vec::new();
     if has_sockets {
         let maps = match global.bpf_dir.exists() {
@@ -333,57 +327,6 @@ pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
     } else {
         ExitCode::from(cli::DIFFERENCES)
     })
-}
-
-/// `cleanup`.
-///
-/// # Errors
-/// An agent runs, or the kernel refuses; with `--kube-proxy`, another proxy runs, or no agent's rules serve the node.
-pub fn cleanup(global: &cli::Global, args: &cli::Cleanup) -> Result<ExitCode, Error> {
-    let another = daemon::rival::answer();
-    if args.kube_proxy {
-        return clean_up_kube_proxy(another.as_deref());
-    }
-    kernel::cleanup(&global.bpf_dir)?;
-    // One in mode nftables shares nothing with us.
-    let is_beside = another.is_some_and(|mode| mode != "nftables");
-    let owner = Arc::new(Owner::take()?);
-    // Without the tools nobody can have made rules.
-    if Host::installed().is_ok() {
-        let host = Host::find(Some(owner))?;
-        tell_lacks(&host);
-        for key in iptables::remove_own(host, is_beside)?.kept {
-            tracing::warn!(
-                "{key} is empty but stays: a rule of somebody else leads to it; remove that rule, then run this again"
-            );
-        }
-        host::accounts::remove()?;
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn tell_lacks(host: &Host) {
-    for (family, error) in host.lacks() {
-        tracing::warn!(%family, error, "these tables cannot be read, and stay as they are");
-    }
-}
-
-fn clean_up_kube_proxy(another: Option<&str>) -> Result<ExitCode, Error> {
-    if let Some(mode) = another {
-        let text = format!(
-            "another proxy serves this node (mode {mode}): stop it first, its rules are in use"
-        );
-        return Err(backends::Error::Unusable(text).into());
-    }
-    let mut host = Host::find(None)?;
-    tell_lacks(&host);
-    for what in leftovers::remove(&mut host)? {
-        tracing::info!(what, "removed");
-    }
-    if leftovers::remove_link()? {
-        tracing::info!(what = "link kube-ipvs0", "removed");
-    }
-    Ok(ExitCode::SUCCESS)
 }
 
 /// CLOCK_MONOTONIC, the clock of the programs.

@@ -6,6 +6,7 @@
 pub mod backends;
 pub mod cli;
 pub mod compile;
+pub mod config;
 pub mod daemon;
 pub mod debug;
 pub mod health;

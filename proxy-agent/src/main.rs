@@ -6,8 +6,8 @@ use std::{
 };
 
 use proxy_agent::{
-    cli::{self, Cli, Command, LogFormat},
-    daemon, debug,
+    cli::{self, Cli, Command, Global, Instead, LogFormat, Run},
+    config, daemon, debug,
 };
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
             };
         }
     };
-    match run(&cli) {
+    match run(cli) {
         Ok(code) => code,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "proxy-agent: {error:#}");
@@ -33,12 +33,20 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
-    let Cli { global, command } = cli;
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let (cli, notes) = config::settle(cli)?;
+    let Cli {
+        global,
+        command,
+        given: _,
+    } = &cli;
     log_to_stderr(global)?;
+    for note in notes {
+        tracing::warn!("{note}");
+    }
     Ok(match command {
         Command::Run(run) => {
-            daemon::run(global, run)?;
+            run_or_instead(global, run)?;
             ExitCode::SUCCESS
         }
         Command::Dump(dump) => debug::dump(global, dump)?,
@@ -57,12 +65,38 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     })
 }
 
+fn run_or_instead(global: &Global, run: &Run) -> anyhow::Result<()> {
+    let Instead {
+        write_config_to,
+        cleanup,
+        init_only,
+    } = &run.instead;
+    if let Some(file) = write_config_to {
+        config::write(global, run, file)?;
+        tracing::info!(file = %file.display(), "wrote the configuration");
+    } else if *cleanup {
+        debug::cleanup_everything(global)?;
+    } else if *init_only {
+        daemon::initialise(run)?;
+    } else {
+        daemon::run(global, run)?;
+    }
+    Ok(())
+}
+
 /// What fails at the API server the source tells once; its client would at every try.
 const CLIENT: &str = "kube_client=off,kube_runtime=off";
 
 /// Logs what `--log-level` or RUST_LOG ask for, by default what an operator wants to know.
-fn log_to_stderr(global: &cli::Global) -> anyhow::Result<()> {
-    let filter = match &global.log_level {
+fn log_to_stderr(global: &Global) -> anyhow::Result<()> {
+    // As in kube-proxy: 0 to 3 are what an operator wants to know.
+    let by_verbosity = match global.verbosity.unwrap_or_default() {
+        0..4 => None,
+        4..6 => Some("debug"),
+        6.. => Some("trace"),
+    };
+    let asked = global.log_level.as_deref().or(by_verbosity);
+    let filter = match asked {
         // A bare level is about us: at debug, the eBPF loader alone writes hundreds of lines.
         Some(level) if level.parse::<LevelFilter>().is_ok() => {
             EnvFilter::new(format!("warn,{CLIENT},proxy_agent={level}"))

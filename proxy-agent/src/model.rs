@@ -114,6 +114,8 @@ pub struct Model {
     node: Arc<Node>,
     addresses: BTreeSet<IpAddr>,
     node_ports: NodePortAddresses,
+    /// Stands for that of the Node in its family.
+    main_address: Option<IpAddr>,
     has_objects: bool,
     has_addresses: bool,
     complete: bool,
@@ -131,6 +133,7 @@ impl Model {
             node: Arc::default(),
             addresses: BTreeSet::new(),
             node_ports: NodePortAddresses::default(),
+            main_address: None,
             has_objects: false,
             has_addresses: false,
             complete: false,
@@ -141,6 +144,15 @@ impl Model {
     #[must_use]
     pub fn with_node_ports(self, node_ports: NodePortAddresses) -> Self {
         Self { node_ports, ..self }
+    }
+
+    /// The same, where this is the node's main address of its family, whatever the Node says.
+    #[must_use]
+    pub fn with_main_address(self, main_address: Option<IpAddr>) -> Self {
+        Self {
+            main_address,
+            ..self
+        }
     }
 
     /// Takes in a change.
@@ -196,7 +208,11 @@ impl Model {
 
     /// Whether node ports are to be served on `address`.
     pub fn serves_node_ports(&self, address: IpAddr) -> bool {
-        self.node_ports.contains(address, &self.node.addresses)
+        let is_other =
+            |ip: &&IpAddr| Some(ip.is_ipv4()) != self.main_address.map(|ip| ip.is_ipv4());
+        let of_node = self.node.addresses.iter().filter(is_other);
+        let main: Vec<IpAddr> = of_node.copied().chain(self.main_address).collect();
+        self.node_ports.contains(address, &main)
     }
 
     /// Every Service, by name.

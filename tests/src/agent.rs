@@ -38,6 +38,8 @@ pub struct Agent {
     place: Place,
     binary: PathBuf,
     args: Vec<String>,
+    /// Everything that it runs with: no flag says which node is meant.
+    is_bare: bool,
     log: PathBuf,
     nice: i32,
     path: Option<String>,
@@ -71,6 +73,7 @@ impl Agent {
             place: node.place_in("agent")?,
             binary: agent_binary()?,
             args,
+            is_bare: false,
             log: node.state_dir().join(format!("{}-agent.log", node.name())),
             nice: 0,
             path: None,
@@ -104,6 +107,21 @@ impl Agent {
         }
     }
 
+    /// Has it follow files all the same.
+    pub fn follow_manifests(&mut self, manifests: &Manifests) {
+        let flag = format!("--manifests={}", manifests.dir().display());
+        self.args.push(flag);
+    }
+
+    /// Has it read a configuration, with the flags of kube-proxy's DaemonSet and no others, from the next start on.
+    pub fn read_config(&mut self, config: &Path) {
+        self.is_bare = true;
+        self.args = vec![
+            format!("--config={}", config.display()),
+            format!("--hostname-override={}", self.node.name()),
+        ];
+    }
+
     /// Uses another binary from the next start on.
     pub fn use_binary(&mut self, binary: &Path) {
         binary.clone_into(&mut self.binary);
@@ -129,7 +147,10 @@ impl Agent {
         command
             .args(["-n", &self.nice.to_string()])
             .arg(&self.binary);
-        command.args(self.global_args()).args(&self.args);
+        if !self.is_bare {
+            command.args(self.global_args());
+        }
+        command.args(&self.args);
         command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

@@ -23,7 +23,10 @@ use crate::place::Place;
 const FOLDER: &str = "PROXY_KUBE_TOOLS";
 
 /// A component's binary.
-fn tool(name: &str) -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+/// It is nowhere to be found.
+pub fn tool(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let beside = own.ancestors().map(|folder| folder.join("tools"));
     let mut folders = std::env::var_os(FOLDER)

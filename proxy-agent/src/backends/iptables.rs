@@ -37,7 +37,7 @@ pub mod watch;
 pub use describe::describe;
 use known::Known;
 use names::ChainName;
-pub use remove::{Removed, remove_own};
+pub use remove::{Extent, Removed, remove};
 use rival::Rivals;
 pub use rules::base::Anchor;
 use rules::{

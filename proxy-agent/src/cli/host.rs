@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args};
 
-use super::values::duration;
+use super::values::{boolean, duration};
 
 /// Settings of the host. Names and defaults are kube-proxy's (cmd/kube-proxy/app/options.go).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Args)]
@@ -23,7 +23,7 @@ pub struct HostSettings {
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
     pub conntrack_tcp_timeout_close_wait: Duration,
     /// Take no TCP packet out of its window for invalid
-    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true")]
+    #[arg(long, action = ArgAction::Set, value_parser = boolean, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
     pub conntrack_tcp_be_liberal: bool,
     /// How long an idle UDP flow without an answer is tracked; 0 leaves it as it is
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration)]

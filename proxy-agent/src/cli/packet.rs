@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, ValueEnum};
 use ipnet::IpNet;
 
-use super::values::duration;
+use super::values::{boolean, duration};
 
 /// The packet layer. Names and defaults are kube-proxy's (cmd/kube-proxy/app/options.go).
 #[derive(Clone, Debug, Args)]
@@ -24,20 +24,32 @@ pub struct Packet {
     #[arg(long, value_name = "PREFIX")]
     pub pod_interface_name_prefix: Option<String>,
     /// Masquerade whatever goes to a ClusterIP
-    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true")]
+    #[arg(long, action = ArgAction::Set, value_parser = boolean, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
     pub masquerade_all: bool,
     /// Bit of the packet mark that asks for masquerading
     #[arg(long, value_name = "BIT", default_value = "14", value_parser = clap::value_parser!(u8).range(0..=31))]
     pub iptables_masquerade_bit: u8,
     /// Serve node ports on 127.0.0.0/8 in --mode iptables, which sets route_localnet
-    #[arg(long, action = ArgAction::Set, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true")]
+    #[arg(long, action = ArgAction::Set, value_parser = boolean, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true")]
     pub iptables_localhost_nodeports: bool,
-    /// Take over when another proxy has given no sign for this long; kube-proxy's default --iptables-sync-period and more
-    #[arg(long, value_name = "DURATION", default_value = "45s", value_parser = duration)]
-    pub takeover_after: Duration,
+    /// How often kube-proxy looks after its rules. Another one on this node gives a sign each time, and who fails for twice as
+    /// long is not healthy
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    pub iptables_sync_period: Duration,
+    /// Take over when another proxy has given no sign for this long [default: one and a half --iptables-sync-period]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub takeover_after: Option<Duration>,
     /// Shortest time between two changes of the rules
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = duration)]
     pub iptables_min_sync_period: Duration,
+}
+
+impl Packet {
+    /// How long another proxy may be silent.
+    pub fn takeover_after(&self) -> Duration {
+        let usual = self.iptables_sync_period + self.iptables_sync_period / 2;
+        self.takeover_after.unwrap_or(usual)
+    }
 }
 
 /// What tells a pod of this node from other clients; kube-proxy's words.

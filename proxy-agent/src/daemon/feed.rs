@@ -9,8 +9,7 @@ use crate::{
     compile::{self, Compiler, Problem},
     health::checks::Checks,
     metrics::Metrics,
-    model::{Dirty, Model, NodeName, Update},
-    state::NodePortAddresses,
+    model::{Dirty, Model, Update},
     sync::{Compiled, Inbox, Scope},
 };
 
@@ -33,9 +32,8 @@ pub struct Feed {
 }
 
 impl Feeds {
-    /// An empty model of the node called `here`, where these addresses serve node ports.
-    pub fn new(here: NodeName, node_ports: NodePortAddresses) -> Self {
-        let model = Model::new(here).with_node_ports(node_ports);
+    /// Of a model that is empty.
+    pub fn new(model: Model) -> Self {
         Self {
             model: Arc::new(Mutex::new(model)),
             inboxes: Vec::new(),
@@ -139,11 +137,11 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::model::{Node, Objects};
+    use crate::model::{Node, NodeName, Objects};
 
     #[test]
     fn other_networks_of_the_nodes_pods_concern_everything() {
-        let mut feeds = Feeds::new(NodeName::new("node-a"), NodePortAddresses::default());
+        let mut feeds = Feeds::new(Model::new(NodeName::new("node-a")));
         let feed = feeds.add(Gauge::default());
         let node = |network: &str| {
             let node = Node {
@@ -172,7 +170,7 @@ mod tests {
 
     #[test]
     fn each_layer_gets_every_change_whatever_the_other_one_does() {
-        let mut feeds = Feeds::new(NodeName::new("node-a"), NodePortAddresses::default());
+        let mut feeds = Feeds::new(Model::new(NodeName::new("node-a")));
         let (fast, slow) = (Gauge::default(), Gauge::default());
         let (first, second) = (feeds.add(fast.clone()), feeds.add(slow.clone()));
         feeds.update(Update::Addresses([[10, 0, 0, 1].into()].into()));

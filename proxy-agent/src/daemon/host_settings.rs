@@ -19,17 +19,24 @@ const OOM_SCORE: &str = "proc/self/oom_score_adj";
 /// Entries of connection tracking for each bucket of its hash table.
 const ENTRIES_PER_BUCKET: u64 = 4;
 
-/// Makes them below `root`, which is `/` but in tests.
+/// Makes them below `root`, which is `/` but in tests, and those of this process.
 pub fn apply(settings: &HostSettings, root: &Path, metrics: &Metrics) {
+    let mut own = HostFiles { root, failed: 0 };
+    own.oom_score(settings.oom_score_adj);
+    let failed = own.failed + make(settings, root);
+    metrics.host_settings_failed.set(failed);
+}
+
+/// Makes those that outlive this process; says how many could not be made.
+pub fn make(settings: &HostSettings, root: &Path) -> i64 {
     let mut host = HostFiles { root, failed: 0 };
-    host.oom_score(settings.oom_score_adj);
     match host.exists(&sysctl("nf_conntrack_max")) {
         true => host.conntrack(settings),
         false => {
             tracing::info!("connection tracking is not loaded: its limits and timeouts stay");
         }
     }
-    metrics.host_settings_failed.set(host.failed);
+    host.failed
 }
 
 fn sysctl(name: &str) -> String {

@@ -39,7 +39,7 @@ pub enum Layers {
 pub fn open(global: &Global, args: &Run, here: &NodeName) -> Result<Opened, Error> {
     // Before anything is read or changed: one agent for each node.
     let owner = Arc::new(Owner::take()?);
-    match args.layers.mode {
+    match args.layers.mode() {
         Mode::Iptables => packets(global, owner, "asked for".to_owned()),
         Mode::Ebpf => match sockets(global, args, here)? {
             Ok(store) => Ok(beside(store, owner, "asked for")),

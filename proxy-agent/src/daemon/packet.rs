@@ -65,7 +65,10 @@ pub fn start(
 ) -> Result<LayerThread, Error> {
     let place = tools.place();
     let rules = rules(&args.sources, &args.layers.packet, place, route_localnet)?;
-    let rivals = rival::look_out(args.metrics_bind_address, args.layers.packet.takeover_after);
+    let rivals = rival::look_out(
+        args.metrics_bind_address.0,
+        args.layers.packet.takeover_after(),
+    );
     let rivals = rivals.map_err(super::start("looking out for other proxies"))?;
     let pace = args.layers.packet.iptables_min_sync_period;
     let status = SyncStatus::channel("packet");
@@ -209,7 +212,7 @@ fn is_set(sysctl: &str) -> bool {
 }
 
 /// Lets packets to 127.0.0.0/8 be translated; the rules guard that network against everybody else (CVE-2020-8558).
-fn route_localnet() -> bool {
+pub fn route_localnet() -> bool {
     if is_set(ROUTE_LOCALNET) {
         return true;
     }

@@ -6,7 +6,7 @@ use super::Error;
 use crate::{
     backends::ebpf::probe::cgroup_root,
     cli::{Global, Sources},
-    model::NodeName,
+    model::{Model, NodeName},
     sources::{Origin, kubernetes::Access},
     state::NodePortAddresses,
 };
@@ -17,7 +17,8 @@ use crate::{
 /// The host name cannot be read, or is no name.
 pub fn node_name(global: &Global) -> Result<NodeName, Error> {
     let name = match &global.node_name {
-        Some(name) => name.clone(),
+        // As kube-proxy's GetHostname (component-helpers/node/util/hostname.go).
+        Some(name) => name.trim().to_lowercase(),
         None => fs::read_to_string("/proc/sys/kernel/hostname")
             .map_err(|error| Error::NodeName(error.to_string()))?
             .trim()
@@ -49,10 +50,12 @@ pub fn cgroup(global: &Global) -> Result<PathBuf, Error> {
 /// None of them.
 pub fn origin(sources: &Sources) -> Result<Origin, Error> {
     let Sources {
+        config: _,
         manifests,
         kubeconfig,
         master,
         nodeport_addresses: _,
+        bind_address: _,
     } = sources;
     if let Some(folder) = manifests {
         return Ok(Origin::Manifests(folder.clone()));
@@ -67,11 +70,19 @@ pub fn origin(sources: &Sources) -> Result<Origin, Error> {
     Err(Error::NoSource)
 }
 
+/// An empty model of the node called `here`, with what the flags say of its addresses.
+pub fn model(here: NodeName, sources: &Sources) -> Model {
+    let main_address = Some(sources.bind_address).filter(|ip| !ip.is_unspecified());
+    Model::new(here)
+        .with_node_ports(node_ports(sources))
+        .with_main_address(main_address)
+}
+
 /// Which addresses serve node ports, in either layer.
-pub fn node_ports(sources: &Sources) -> NodePortAddresses {
+fn node_ports(sources: &Sources) -> NodePortAddresses {
     let node_ports = NodePortAddresses::new(&sources.nodeport_addresses);
     for family in node_ports.unmentioned() {
-        tracing::warn!(%family, "--nodeport-addresses names no network of this family: node ports are served on all addresses of it");
+        tracing::warn!(%family, "the list of addresses for node ports (--nodeport-addresses) names no network of this family: node ports are served on all addresses of it");
     }
     node_ports
 }

@@ -17,9 +17,8 @@ use crate::{
     backends::{
         Error,
         iptables::{
-            IptablesBackend,
+            self, Extent, IptablesBackend,
             host::Host,
-            remove_own,
             rival::{Rivals, Sign, Stance, nft},
             watch::Watched,
         },
@@ -42,9 +41,9 @@ const ANSWER_BYTES: usize = 4096;
 ///
 /// # Errors
 /// No thread to be had.
-pub fn look_out(own: SocketAddr, patience: Duration) -> io::Result<Rivals> {
-    let own = SocketAddr::new(reachable(own.ip()), own.port());
-    let mut addresses = vec![KUBE_PROXY, own];
+pub fn look_out(own: Option<SocketAddr>, patience: Duration) -> io::Result<Rivals> {
+    let mut addresses = vec![KUBE_PROXY];
+    addresses.extend(own.map(|own| SocketAddr::new(reachable(own.ip()), own.port())));
     addresses.dedup();
     let answers = move || {
         let mut modes = addresses.iter().map(|address| foreign_mode(*address));
@@ -160,7 +159,7 @@ impl Beside {
         self.tell(stance);
         if self.leaves {
             // Nobody keeps them true any more, and they would translate beside its table.
-            let done = remove_own(backend.tables_mut(), false);
+            let done = iptables::remove(backend.tables_mut(), Extent::Ours);
             self.leaves = self.keep(done).is_none();
         }
         // Never before our own rules serve everything.

@@ -6,7 +6,6 @@ use std::{
     time::Instant,
 };
 
-use serde_json::json;
 use tokio::sync::watch;
 
 use crate::{
@@ -19,19 +18,21 @@ use crate::{
         },
     },
     cli::{Global, Run},
-    health::{self, Health, Metering, SelfTest, checks::Checks},
+    config,
+    health::{self, Health, Metering, Place, SelfTest, Unbound, checks::Checks},
     metrics::{Accounts, Kernel, Metrics, ModeLabels},
     sync::SyncStatus,
 };
 
-/// Serves `/readyz`, `/livez` and `/healthz`, and what load balancers ask for at the ports of `checks`.
+/// Serves `/readyz`, `/livez` and `/healthz`, and what load balancers ask for at the ports of `checks`. Ends only without a
+/// port that it must have.
 pub fn health(
     args: &Run,
     layers: Vec<watch::Receiver<SyncStatus>>,
     self_test: watch::Receiver<SelfTest>,
     checks: watch::Receiver<Checks>,
     metrics: &Metrics,
-) -> impl Future<Output = ()> + use<> {
+) -> impl Future<Output = Unbound> + use<> {
     let health = Health {
         layers,
         self_test,
@@ -39,33 +40,44 @@ pub fn health(
     };
     let router = health::health_router(health.clone());
     let (_, keeps) = watch::channel(false);
-    let own = health::serve("healthz", args.healthz_bind_address, router, keeps);
+    let place = Place {
+        name: "healthz",
+        address: args.healthz_bind_address.0,
+        is_final: args.bind_address_hard_fail,
+    };
+    let own = health::serve(place, router, keeps);
     let failed = metrics.health_check_ports_failed.clone();
     let of_services = health::checks::serve(checks, health, failed);
     async {
         tokio::select! {
-            () = own => {}
-            () = of_services => {}
+            unbound = own => unbound,
+            never = of_services => never,
         }
     }
 }
 
-/// Serves `/metrics`, `/proxyMode` and `/configz`, except while the port is to be another proxy's.
+/// Serves `/metrics`, `/proxyMode` and `/configz`, except while the port is to be another proxy's. Ends only without a port
+/// that it must have.
 pub fn metrics(
     global: &Global,
     args: &Run,
     cgroup: Option<&Path>,
     metrics: &Arc<Metrics>,
     give_way: watch::Receiver<bool>,
-) -> impl Future<Output = ()> + use<> {
+) -> impl Future<Output = Unbound> + use<> {
     let router = health::metrics_router(Metering {
         metrics: Arc::clone(metrics),
         kernel: kernel_counters(global.bpf_dir.clone()),
         // "ebpf" is a word that kube-proxy's own tests do not take for one of its modes.
         mode: cgroup.map_or("iptables", |_| "ebpf"),
-        config: Arc::new(config(global, args, cgroup)),
+        config: Arc::new(config::configz(global, args)),
     });
-    health::serve("metrics", args.metrics_bind_address, router, give_way)
+    let place = Place {
+        name: "metrics",
+        address: args.metrics_bind_address.0,
+        is_final: args.bind_address_hard_fail,
+    };
+    health::serve(place, router, give_way)
 }
 
 /// Says which layers serve this node, and why: each by its implementation, or "off".
@@ -106,20 +118,5 @@ fn map_counters(bpf_dir: &Path) -> Result<Kernel, backends::Error> {
         maps: summaries.collect(),
         reasons: maps.reasons()?,
         accounts: Accounts::default(),
-    })
-}
-
-fn config(global: &Global, args: &Run, cgroup: Option<&Path>) -> serde_json::Value {
-    json!({
-        "bpfDir": global.bpf_dir,
-        "cgroup": cgroup,
-        "manifests": args.sources.manifests,
-        "kubeconfig": args.sources.kubeconfig,
-        "master": args.sources.master,
-        "mode": format!("{:?}", args.layers.mode).to_lowercase(),
-        "healthzBindAddress": args.healthz_bind_address,
-        "metricsBindAddress": args.metrics_bind_address,
-        "socketExcludeCgroup": args.socket_exclude_cgroup,
-        "socketLeaseSeconds": args.socket_lease.as_secs(),
     })
 }

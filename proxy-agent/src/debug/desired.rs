@@ -10,9 +10,8 @@ use crate::{
     compile::{self, Compiler},
     daemon::{
         self,
-        place::{node_name, node_ports},
+        place::{self, node_name},
     },
-    model::Model,
     sources::{self, Origin, node},
     state::DesiredState,
 };
@@ -47,7 +46,7 @@ pub fn read(global: &Global, sources: &Sources, origin: &Origin) -> Result<Desir
     })?;
     runtime.block_on(async {
         let here = node_name(global)?;
-        let mut model = Model::new(here.clone()).with_node_ports(node_ports(sources));
+        let mut model = place::model(here.clone(), sources);
         let (updates, mut received) = mpsc::channel(1);
         let broken = origin.start(here, updates.clone());
         let broken = broken.map_err(daemon::Error::from)?;

@@ -7,7 +7,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, SocketAddr},
-    os::fd::AsRawFd,
     time::Instant,
 };
 
@@ -17,10 +16,6 @@ use axum::{
     http::{HeaderName, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket,
-    sockopt,
-};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     net::TcpListener,
@@ -29,7 +24,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{BIND_RETRY, Health};
+use super::{BIND_RETRY, Families, Health, listener};
 use crate::state::{Family, HealthCheck, ServiceName};
 
 /// What load balancers are told, and where they may ask.
@@ -59,7 +54,7 @@ impl Checks {
 /// Serves what `checks` holds for ever; a change of endpoints alone need not wake anybody. A port that cannot be had is told
 /// once, counted in `failed`, and tried again; the others go on. Starts once every layer of `health` serves everything:
 /// before that no traffic shall come.
-pub async fn serve(checks: watch::Receiver<Checks>, health: Health, failed: Gauge) {
+pub async fn serve(checks: watch::Receiver<Checks>, health: Health, failed: Gauge) -> ! {
     for layer in &health.layers {
         if layer
             .clone()
@@ -91,7 +86,7 @@ pub async fn serve(checks: watch::Receiver<Checks>, health: Health, failed: Gaug
         tokio::select! {
             changed = changes.changed() => {
                 if changed.is_err() {
-                    return;
+                    std::future::pending().await
                 }
             }
             () = again => {}
@@ -151,7 +146,8 @@ impl Servers {
             if self.running.contains_key(&at) {
                 continue;
             }
-            match listen_at(at) {
+            // For one family alone: both have one at the same port.
+            match listener(at, Families::One) {
                 Ok(Some(listener)) => {
                     tracing::info!(%service, address = %at, "answering load balancers");
                     let server = self.start(listener, service, Family::of(at.ip()));
@@ -198,26 +194,6 @@ impl Servers {
         self.told = failed;
         self.told.is_empty()
     }
-}
-
-/// A listener for one family alone, so that both have one at the same port. None where this host lacks the family.
-fn listen_at(address: SocketAddr) -> io::Result<Option<TcpListener>> {
-    let family = match address {
-        SocketAddr::V4(_) => AddressFamily::Inet,
-        SocketAddr::V6(_) => AddressFamily::Inet6,
-    };
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = match socket(family, SockType::Stream, flags, None) {
-        Err(nix::Error::EAFNOSUPPORT) => return Ok(None),
-        made => made?,
-    };
-    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
-    if address.is_ipv6() {
-        setsockopt(&fd, sockopt::Ipv6V6Only, &true)?;
-    }
-    bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
-    listen(&fd, Backlog::MAXCONN)?;
-    Ok(Some(TcpListener::from_std(fd.into())?))
 }
 
 /// What one server answers from.

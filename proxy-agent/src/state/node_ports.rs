@@ -1,6 +1,6 @@
 //! Which addresses of the node serve node ports: kube-proxy's `nodePortAddresses` (pkg/proxy/util/nodeport_addresses.go).
 
-use std::{net::IpAddr, str::FromStr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 use ipnet::IpNet;
 
@@ -24,6 +24,15 @@ impl FromStr for NodePortAddress {
             _ => text.parse().map(Self::Network).map_err(|_| {
                 format!("{text:?} is neither a network like 192.168.0.0/16 nor `primary`")
             }),
+        }
+    }
+}
+
+impl fmt::Display for NodePortAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Network(network) => network.fmt(f),
+            Self::Primary => f.write_str("primary"),
         }
     }
 }

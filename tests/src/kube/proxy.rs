@@ -110,6 +110,7 @@ const QUICK: Periods = Periods {
 pub struct KubeProxy {
     place: Place,
     metrics: SocketAddr,
+    config: PathBuf,
     component: Component,
 }
 
@@ -132,12 +133,22 @@ impl KubeProxy {
         mode: Mode,
         periods: Periods,
     ) -> anyhow::Result<Self> {
+        Self::spawn_sharing(control, node, mode, periods, json!({}))
+    }
+
+    fn spawn_sharing(
+        control: &ControlPlane,
+        node: &Node,
+        mode: Mode,
+        periods: Periods,
+        own: Value,
+    ) -> anyhow::Result<Self> {
         control.apply_node(node)?;
         let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, 10249));
-        let config = configuration(control, node, mode, metrics, periods)?;
+        let content = configuration(control, node, mode, metrics, periods, own)?;
         let dir = node.state_dir();
-        let file = dir.join(format!("{}-kube-proxy.json", node.name()));
-        fs::write(&file, config.to_string())?;
+        let config = dir.join(format!("{}-kube-proxy.json", node.name()));
+        fs::write(&config, content.to_string())?;
         let place = node.place_in("kube-proxy")?;
         let variant = match mode {
             Mode::Iptables(variant) => variant,
@@ -149,14 +160,31 @@ impl KubeProxy {
         path.push(":/usr/sbin:/usr/bin:/sbin:/bin");
         let log = dir.join(format!("{}-kube-proxy.log", node.name()));
         let component = Component::start("kube-proxy", &place, &log, |command| {
-            command.arg("--config").arg(&file).args(["--v", "2"]);
+            command.arg(format!("--config={}", config.display()));
+            command.arg(format!("--hostname-override={}", node.name()));
             command.env("PATH", path);
         })?;
         Ok(Self {
             place,
             metrics,
+            config,
             component,
         })
+    }
+
+    /// One that serves, by a file that an agent can read as well: `own` are the options that only the agent has.
+    ///
+    /// # Errors
+    /// As [`KubeProxy::start`].
+    pub fn start_sharing(
+        control: &ControlPlane,
+        node: &Node,
+        mode: Mode,
+        own: Value,
+    ) -> anyhow::Result<Self> {
+        let mut proxy = Self::spawn_sharing(control, node, mode, QUICK, own)?;
+        proxy.wait_synced()?;
+        Ok(proxy)
     }
 
     /// One that serves.
@@ -236,6 +264,11 @@ impl KubeProxy {
         Ok(())
     }
 
+    /// Its configuration.
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
     /// Where it runs.
     pub fn place(&self) -> &Place {
         &self.place
@@ -258,7 +291,10 @@ fn configuration(
     mode: Mode,
     metrics: SocketAddr,
     periods: Periods,
+    mut own: Value,
 ) -> anyhow::Result<Value> {
+    own["bpfDir"] = node.bpf_dir().display().to_string().into();
+    own["cgroup"] = node.cgroup().display().to_string().into();
     let kubeconfig = control.kubeconfig()?;
     let word = match mode {
         Mode::Iptables(_) => "iptables",
@@ -270,12 +306,13 @@ fn configuration(
         "kind": "KubeProxyConfiguration",
         "mode": word,
         "clusterCIDR": "10.244.0.0/16,fd00:10:244::/48",
-        "hostnameOverride": node.name(),
         "metricsBindAddress": metrics.to_string(),
         "healthzBindAddress": "127.0.0.1:10256",
         "clientConnection": {"kubeconfig": kubeconfig, "qps": 1000.0, "burst": 2000},
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
         "iptables": periods,
         "nftables": periods,
+        "logging": {"verbosity": 2},
+        "proxyAgent": own,
     }))
 }

@@ -4,5 +4,6 @@
 mod beside;
 mod cleanup;
 mod cluster;
+mod config;
 mod source;
 mod swap;

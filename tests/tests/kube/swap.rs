@@ -5,12 +5,19 @@ use proxy_tests::{
     kube::{KubeProxy, Mode, Variant},
     peer::Socket,
 };
+use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, assert_none_failed};
 
-const IPTABLES: &[&str] = &["--mode", "iptables"];
+/// The agent's own mode: iptables, whatever kube-proxy's is.
+fn iptables() -> Value {
+    json!({"mode": "iptables"})
+}
+
 /// A short lease: its end is part of the way back.
-const EBPF: &[&str] = &["--mode", "ebpf", "--socket-lease", "3"];
+fn ebpf() -> Value {
+    json!({"mode": "ebpf", "socketLease": "3s"})
+}
 
 /// Asserts that connections which were made before are still answered.
 fn all_alive(established: &[(&'static str, Socket)], when: &str) -> anyhow::Result<()> {
@@ -21,17 +28,19 @@ fn all_alive(established: &[(&'static str, Socket)], when: &str) -> anyhow::Resu
     Ok(())
 }
 
-fn swap(name: &str, before: Mode, after: Mode, variant: Variant, args: &[&str]) {
-    Cluster::run(name, variant, args, |c| {
+/// By one configuration, as if nothing but the image of the DaemonSet changed; `own` is what only the agent reads in it.
+fn swap(name: &str, before: Mode, after: Mode, variant: Variant, own: &Value) {
+    Cluster::run(name, variant, &[], |c| {
         let (near, far) = (c.scenario.near.clone(), c.scenario.far.clone());
         let outsider = c.scenario.topology.outsider()?;
         c.apply(&[&near, &far])?;
         let node = c.scenario.a.clone();
-        let kube_proxy = KubeProxy::start(&c.control, &node, before)?;
+        let kube_proxy = KubeProxy::start_sharing(&c.control, &node, before, own.clone())?;
         c.wait_served_by(&[&near, &far])?;
         let loads = c.load(&outsider)?;
         let mut established = c.connect(&outsider)?;
 
+        c.scenario.agent.read_config(kube_proxy.config());
         kube_proxy.stop()?;
         c.scenario.agent.spawn()?;
         c.scenario.agent.wait_ready()?;
@@ -45,7 +54,7 @@ fn swap(name: &str, before: Mode, after: Mode, variant: Variant, args: &[&str]) 
         established.extend(c.connect(&outsider)?);
 
         c.scenario.agent.stop()?;
-        let kube_proxy = KubeProxy::start(&c.control, &node, after)?;
+        let kube_proxy = KubeProxy::start_sharing(&c.control, &node, after, own.clone())?;
         c.apply(&[&near])?;
         c.wait_served_by(&[&near])?;
         all_alive(&established, "under kube-proxy again")?;
@@ -60,14 +69,14 @@ fn swap(name: &str, before: Mode, after: Mode, variant: Variant, args: &[&str]) 
 #[ignore = "needs root"]
 fn from_iptables_nft_and_back_no_connection_fails() {
     let mode = Mode::Iptables(Variant::Nft);
-    swap("swap-nft", mode, mode, Variant::Nft, IPTABLES);
+    swap("swap-nft", mode, mode, Variant::Nft, &iptables());
 }
 
 #[test]
 #[ignore = "needs root"]
 fn from_iptables_legacy_and_back_no_connection_fails() {
     let mode = Mode::Iptables(Variant::Legacy);
-    swap("swap-legacy", mode, mode, Variant::Legacy, IPTABLES);
+    swap("swap-legacy", mode, mode, Variant::Legacy, &iptables());
 }
 
 #[test]
@@ -79,7 +88,7 @@ fn from_nftables_no_connection_fails() {
         Mode::Nftables,
         after,
         Variant::Nft,
-        IPTABLES,
+        &iptables(),
     );
 }
 
@@ -87,14 +96,14 @@ fn from_nftables_no_connection_fails() {
 #[ignore = "needs root and eBPF"]
 fn from_iptables_nft_to_the_socket_layer_and_back_no_connection_fails() {
     let mode = Mode::Iptables(Variant::Nft);
-    swap("sockets-nft", mode, mode, Variant::Nft, EBPF);
+    swap("sockets-nft", mode, mode, Variant::Nft, &ebpf());
 }
 
 #[test]
 #[ignore = "needs root and eBPF"]
 fn from_iptables_legacy_to_the_socket_layer_and_back_no_connection_fails() {
     let mode = Mode::Iptables(Variant::Legacy);
-    swap("sockets-legacy", mode, mode, Variant::Legacy, EBPF);
+    swap("sockets-legacy", mode, mode, Variant::Legacy, &ebpf());
 }
 
 #[test]
@@ -106,7 +115,7 @@ fn from_nftables_to_the_socket_layer_and_back_to_iptables_no_connection_fails() 
         Mode::Nftables,
         after,
         Variant::Nft,
-        EBPF,
+        &ebpf(),
     );
 }
 
@@ -116,7 +125,7 @@ fn from_nftables_to_the_socket_layer_and_back_to_iptables_no_connection_fails() 
 fn back_to_nftables_by_the_documented_way_no_connection_fails() {
     const WAY: &str = include_str!("../../../docs/back-to-nftables.md");
     let variant = Variant::Nft;
-    Cluster::run("back-nftables", variant, IPTABLES, |c| {
+    Cluster::run("back-nftables", variant, &["--mode", "iptables"], |c| {
         let (near, far) = (c.scenario.near.clone(), c.scenario.far.clone());
         let outsider = c.scenario.topology.outsider()?;
         let node = c.scenario.a.clone();

@@ -7,6 +7,7 @@ mod bad_lock;
 mod bad_tables;
 mod bad_tools;
 mod cluster_ip;
+mod config;
 mod external;
 mod files;
 mod flows;

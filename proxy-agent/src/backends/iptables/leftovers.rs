@@ -57,11 +57,11 @@ fn leads_to_us(line: &str) -> bool {
     line.starts_with("-A KUBE-EXTERNAL-SERVICES ") && line.ends_with(&target)
 }
 
-/// Removes it; says what, for people. Nothing, unless rules of an agent serve the node: else these may be what does.
+/// Makes sure that rules of an agent serve the node: else what kube-proxy left may be what does.
 ///
 /// # Errors
 /// No rules of an agent are in force; a tool failed.
-pub fn remove(host: &mut Host) -> Result<Vec<String>, Error> {
+pub fn ensure_served(host: &mut Host) -> Result<(), Error> {
     let filter = host.save(Family::V4, Table::Filter)?;
     if !filter.lines().any(leads_to_us) {
         return Err(Error::Unusable(
@@ -70,6 +70,14 @@ pub fn remove(host: &mut Host) -> Result<Vec<String>, Error> {
                 .to_owned(),
         ));
     }
+    Ok(())
+}
+
+/// Removes it; says what, for people.
+///
+/// # Errors
+/// A tool failed.
+pub fn remove(host: &mut Host) -> Result<Vec<String>, Error> {
     let mut removed = Vec::new();
     let is_there = nft::remove().map_err(|cause| Error::Kernel {
         action: "remove",

@@ -16,23 +16,36 @@ pub struct Removed {
     pub kept: Vec<Key>,
 }
 
-/// Removes every chain of ours, those that kube-proxy has too among them, what leads to them, and the address sets; nothing
-/// where no agent left any. Beside a proxy that shares chains with us, by its canary or because the caller knows that it
-/// `is_beside` one, only chains that no kube-proxy makes.
+/// Which chains go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Those that no kube-proxy makes: one that shares the others with us runs.
+    OursAlone,
+    /// Those that kube-proxy has too as well; beside a canary, as if one ran, and none where no agent left any.
+    Ours,
+    /// The same, whoever left them.
+    Everything,
+}
+
+/// Removes chains, what leads to them, and the address sets.
 ///
 /// # Errors
 /// A table could not be read or changed.
-pub fn remove_own<T: Tables>(tables: T, is_beside: bool) -> Result<Removed, Error> {
+pub fn remove<T: Tables>(tables: T, extent: Extent) -> Result<Removed, Error> {
     let rules = Rules {
         families: tables.families(),
         ..Rules::any()
     };
     let mut backend = IptablesBackend::new(tables, rules);
     let found = backend.observe()?;
-    if !found.keys().any(Key::is_ours_alone) {
+    if extent != Extent::Everything && !found.keys().any(Key::is_ours_alone) {
         return Ok(Removed::default());
     }
-    let is_beside = is_beside || backend.has_canaries();
+    let is_beside = match extent {
+        Extent::OursAlone => true,
+        Extent::Ours => backend.has_canaries(),
+        Extent::Everything => false,
+    };
     let mut plan = Plan {
         upserts: Vec::new(),
         deletions: found

@@ -14,7 +14,7 @@ use crate::{
         Backend as _, Bounds,
         in_namespace::in_namespace,
         iptables::{
-            IptablesBackend, remove_own,
+            Extent, IptablesBackend, remove,
             rules::Rules,
             tests::{rules, world::service_of},
             watch::Watched,
@@ -139,7 +139,7 @@ fn everything_of_ours_can_be_removed_and_nothing_else() {
         let mut backend = backend(host);
         let state = everything();
         bring(&mut backend, &state);
-        assert!(remove_own(host.clone(), false).unwrap().entries > 100);
+        assert!(remove(host.clone(), Extent::Ours).unwrap().entries > 100);
         // kubelet has the guard of 127.0.0.0/8 as well: it stays, as kube-proxy leaves it.
         let left: Vec<String> = backend
             .observe()
@@ -181,7 +181,7 @@ fn what_a_kube_proxy_may_use_stays_beside_one() {
             host.restore(family, Table::Filter, own).unwrap();
         }
         let before = host.save(Family::V4, Table::Nat).unwrap();
-        assert!(remove_own(host.clone(), false).unwrap().entries > 0);
+        assert!(remove(host.clone(), Extent::Ours).unwrap().entries > 0);
         let rules = |text: &str| text.lines().filter(|line| line.starts_with("-A")).count();
         let after = host.save(Family::V4, Table::Nat).unwrap();
         assert_eq!(rules(&after), rules(&before), "{after}");
