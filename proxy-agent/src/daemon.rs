@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitStatus,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -26,8 +26,8 @@ use tokio::{
 use crate::{
     backends::{self, ebpf::kernel::Left},
     cli::{DetectLocalMode, Global, Mode, Run},
-    health::{self, SelfTest},
-    metrics::Metrics,
+    health::{self, Health, SelfTest},
+    metrics::{Metrics, Voice},
     model::Update,
     sources::{self, Origin, node},
     state::NodePortAddresses,
@@ -41,6 +41,7 @@ mod host_settings;
 mod layer;
 mod mode;
 pub mod namespaces;
+mod observer;
 pub mod packet;
 pub mod place;
 mod programs_log;
@@ -207,13 +208,15 @@ async fn serve(
     let statuses = || layers.iter().map(LayerThread::status);
     let (cgroup, reaper_ended) = sockets.unzip();
     let (tested, self_test) = watch::channel(SelfTest::default());
-    let health = servers::health(
-        args,
-        statuses().collect(),
+    let health = Health {
+        layers: layers.iter().map(LayerThread::watched).collect(),
         self_test,
-        feeds.checks(),
-        &metrics,
-    );
+        eligible: feeds.eligible(),
+        needs_no_node: matches!(origin, Origin::Manifests(_)),
+        patience: 2 * args.layers.packet.iptables_sync_period,
+        started: Instant::now(),
+    };
+    let health = servers::health(args, health, feeds.checks(), &metrics);
     let metering = servers::metrics(global, args, cgroup.as_deref(), &metrics, gives_way);
 
     let result = tokio::select! {
@@ -257,9 +260,10 @@ impl Serving {
     ) -> Result<Self, Error> {
         match layers {
             Layers::Packets(host, former) => {
-                let feed = feeds.add(metrics.layer("packet").changes_pending);
+                let counts = metrics.layer("packet", Voice::Node);
+                let feed = feeds.add(&counts);
                 let tools = packet::Tools::Found(host);
-                let layer = packet::start(tools, args, feed, metrics, give_way)?;
+                let layer = packet::start(tools, args, feed, counts, metrics, give_way)?;
                 servers::tell_mode("off", "iptables", reason, metrics);
                 Ok(Self {
                     layers: vec![layer],
@@ -275,10 +279,17 @@ impl Serving {
                 let exclusions = Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup);
                 let reaper = reaper.ok_or(Error::Reaper)?;
                 let (requests, ended) = reaper.split().map_err(start("the reaper"))?;
-                let feed = feeds.add(metrics.layer("socket").changes_pending);
+                // The slower layer speaks.
+                let voice = match tools {
+                    Some(_) => Voice::Own,
+                    None => Voice::Node,
+                };
+                let counts = metrics.layer("socket", voice);
+                let feed = feeds.add(&counts);
                 let packets = tools.map(|tools| {
-                    let feed = feeds.add(metrics.layer("packet").changes_pending);
-                    packet::start(tools, args, feed, metrics, give_way)
+                    let counts = metrics.layer("packet", Voice::Node);
+                    let feed = feeds.add(&counts);
+                    packet::start(tools, args, feed, counts, metrics, give_way)
                 });
                 let packets = packets.transpose()?;
                 let terms = socket::Terms {
@@ -286,7 +297,8 @@ impl Serving {
                     lease: args.socket_lease,
                     packets: packets.as_ref().map(LayerThread::status),
                 };
-                let layer = socket::start(*store, feed, requests, exclusions, terms, metrics);
+                let layer =
+                    socket::start(*store, feed, requests, exclusions, terms, counts, metrics);
                 let layer = layer.map_err(start("the socket layer"))?;
                 Ok(Self {
                     layers: [Some(layer), packets].into_iter().flatten().collect(),

@@ -1,41 +1,33 @@
 //! What the agent says of itself over HTTP: readiness, liveness, metrics, mode.
 
 use std::{
-    fmt::Write as _,
-    io,
-    net::{Ipv6Addr, SocketAddr},
-    os::fd::AsRawFd,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use axum::{
     Router,
     extract::State,
-    http::{StatusCode, header},
+    http::{HeaderName, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket,
-    sockopt,
-};
-use tokio::{net::TcpListener, sync::watch};
+use jiff::Timestamp;
+use prometheus_client::metrics::{counter::Counter, family::Family};
+use serde::Serialize;
+use tokio::sync::watch;
 
 use crate::{
-    metrics::{Kernel, Metrics},
-    sync::SyncStatus,
+    metrics::{CodeLabel, KubeProxyMetrics},
+    sync::{Inbox, SyncStatus},
 };
 
 pub mod checks;
+mod listen;
+mod metering;
 
-/// How often a taken port is tried again: kube-proxy's interval (cmd/kube-proxy/app/server.go, v1.36).
-const BIND_RETRY: Duration = Duration::from_secs(5);
-/// A layer that has failed for longer than this is not alive: kube-proxy's 2 × syncPeriod.
-const STUCK_AFTER: Duration = Duration::from_secs(60);
-
-/// Header that tells our answer to `/proxyMode` from another proxy's; its value is our version.
-pub const OURS: &str = "x-proxy-agent";
+pub use listen::{Place, Unbound, serve};
+pub use metering::{Metering, OURS, metrics_router};
 
 /// Result of the self-test of a layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,13 +41,28 @@ pub enum SelfTest {
     Failed(String),
 }
 
+/// What the health of a layer is judged by.
+#[derive(Clone, Debug)]
+pub struct Watched {
+    /// What it says.
+    pub status: watch::Receiver<SyncStatus>,
+    /// What it is given, and how it gets on with that.
+    pub inbox: Arc<Inbox>,
+}
+
 /// What health is judged by.
 #[derive(Clone, Debug)]
 pub struct Health {
     /// The loops of the layers.
-    pub layers: Vec<watch::Receiver<SyncStatus>>,
+    pub layers: Vec<Watched>,
     /// Self-test of the socket layer; passed where there is none.
     pub self_test: watch::Receiver<SelfTest>,
+    /// Whether the Node is one that load balancers may send traffic; none while there has been no Node.
+    pub eligible: watch::Receiver<Option<bool>>,
+    /// Without a Node, the node may get traffic: the source of Services need not have one.
+    pub needs_no_node: bool,
+    /// A layer that is behind for this long is not healthy: kube-proxy's 2 × syncPeriod.
+    pub patience: Duration,
     /// Start of the agent.
     pub started: Instant,
 }
@@ -64,7 +71,7 @@ impl Health {
     /// Why this node should not get traffic yet; none when ready.
     pub fn unready(&self) -> Option<String> {
         for layer in &self.layers {
-            let status = layer.borrow();
+            let status = layer.status.borrow();
             if !status.is_synced {
                 let why = status.last_error.as_deref();
                 return Some(format!(
@@ -86,215 +93,182 @@ impl Health {
         self.stuck_layers(now).next()
     }
 
+    /// Whether the Node is one that load balancers may send traffic.
+    pub fn is_eligible(&self) -> bool {
+        self.eligible.borrow().unwrap_or(self.needs_no_node)
+    }
+
     /// Why the agent should be restarted; none when it is alive. One layer that fails is no reason: the other one would go
-    /// without an agent, the longer the more often kubelet has to restart it.
+    /// without an agent, the longer the more often kubelet has to restart it. One that hangs is.
     pub fn dead(&self, now: Instant) -> Option<String> {
+        if let Some(hung) = self.layers.iter().find_map(|layer| self.hung(layer, now)) {
+            return Some(hung);
+        }
         let stuck: Vec<String> = self.stuck_layers(now).collect();
         let is_dead = !stuck.is_empty() && stuck.len() == self.layers.len();
         is_dead.then(|| stuck.join("; "))
     }
 
-    /// What is wrong with each layer that has failed for too long.
+    /// A layer that does not come back from what it does. Its first sync may take as long as it wants, as kube-proxy's.
+    fn hung(&self, layer: &Watched, now: Instant) -> Option<String> {
+        let status = layer.status.borrow();
+        let busy = now.saturating_duration_since(layer.inbox.progress().busy_since?);
+        let is_hung = status.last_success.is_some() && busy >= self.patience;
+        let layer = status.layer;
+        is_hung.then(|| format!("the {layer} layer hangs for {} s", busy.as_secs()))
+    }
+
+    /// What is wrong with each layer that has failed, or has been behind, for too long.
     fn stuck_layers(&self, now: Instant) -> impl Iterator<Item = String> {
         self.layers.iter().filter_map(move |layer| {
-            let status = layer.borrow();
-            let error = status.last_error.as_deref()?;
-            let since = status.last_success.unwrap_or(self.started);
-            let age = now.saturating_duration_since(since).as_secs();
-            let is_stuck = age > STUCK_AFTER.as_secs();
-            is_stuck.then(|| {
-                let layer = status.layer;
-                format!("no sync of the {layer} layer for {age} s: {error}")
+            let status = layer.status.borrow();
+            let behind = layer.inbox.progress().behind_since;
+            let (since, why) = match &status.last_error {
+                Some(error) => (status.last_success.unwrap_or(self.started), error.as_str()),
+                None => (behind?, "it is behind"),
+            };
+            let age = now.saturating_duration_since(since);
+            let layer = status.layer;
+            (age >= self.patience).then(|| {
+                format!(
+                    "no sync of the {layer} layer for {} s: {why}",
+                    age.as_secs()
+                )
             })
         })
     }
+
+    fn report(&self, now: Instant, wrong: Option<String>, is_eligible: Option<bool>) -> Report {
+        let current = SystemTime::now();
+        let layers = self.layers.iter();
+        // The layer that is furthest behind; none before each has synced.
+        let oldest = layers.map(|layer| layer.status.borrow().last_success);
+        let updated = oldest.min().flatten();
+        let updated = updated.map(|at| time(current - now.saturating_duration_since(at)));
+        let is_healthy = wrong.is_none();
+        let last_updated = match is_healthy && is_eligible != Some(false) {
+            // As of old: whoever is healthy has just been updated.
+            true => time(current),
+            false => updated
+                .clone()
+                .unwrap_or_else(|| "0001-01-01T00:00:00Z".to_owned()),
+        };
+        let family = |updated: &String| OfFamily {
+            last_updated: updated.clone(),
+            healthy: self.stuck(now).is_none(),
+        };
+        Report {
+            last_updated,
+            current_time: time(current),
+            node_eligible: is_eligible,
+            healthy: is_healthy,
+            status: updated.map(|updated| Families {
+                v4: family(&updated),
+                v6: family(&updated),
+            }),
+            reason: wrong,
+        }
+    }
+}
+
+/// kube-proxy's answer, in its order of fields (pkg/proxy/healthcheck/proxy_health.go, v1.36), and a reason of ours.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Report {
+    last_updated: String,
+    current_time: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_eligible: Option<bool>,
+    healthy: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<Families>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+}
+
+/// Both are served by the same syncs.
+#[derive(Debug, Serialize)]
+struct Families {
+    #[serde(rename = "IPv4")]
+    v4: OfFamily,
+    #[serde(rename = "IPv6")]
+    v6: OfFamily,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct OfFamily {
+    last_updated: String,
+    healthy: bool,
+}
+
+/// As Go writes it: RFC 3339 with nanoseconds as far as they say something.
+fn time(time: SystemTime) -> String {
+    Timestamp::try_from(time).map_or_else(|_| String::new(), |time| time.to_string())
 }
 
 /// `/readyz`, `/livez`, `/healthz`.
-pub fn health_router(health: Health) -> Router {
+pub fn health_router(health: Health, counted: KubeProxyMetrics) -> Router {
     Router::new()
-        .route(
-            "/readyz",
-            get(|State(health): State<Health>| async move { answer(health.unready()) }),
-        )
-        .route(
-            "/livez",
-            get(|State(health): State<Health>| async move { answer(health.dead(Instant::now())) }),
-        )
-        .route(
-            "/healthz",
-            get(|State(health): State<Health>| async move { answer(health.stuck(Instant::now())) }),
-        )
-        .with_state(health)
+        .route("/readyz", get(readyz))
+        .route("/livez", get(livez))
+        .route("/healthz", get(healthz))
+        .with_state((health, counted))
 }
 
-fn answer(trouble: Option<String>) -> Response {
-    // As kube-proxy: nobody shall guess a type from the body.
-    let headers = [(header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
-    match trouble {
+type Asked = State<(Health, KubeProxyMetrics)>;
+
+/// kube-proxy has none.
+async fn readyz(State((health, _)): Asked) -> Response {
+    let headers = [NOSNIFF];
+    match health.unready() {
         None => (StatusCode::OK, headers, "ok\n".to_owned()),
-        Some(mut why) => {
-            let _ = writeln!(why);
-            (StatusCode::SERVICE_UNAVAILABLE, headers, why)
-        }
+        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, headers, format!("{why}\n")),
     }
     .into_response()
 }
 
-/// What the metrics server answers from.
-#[derive(Clone)]
-pub struct Metering {
-    /// Everything that is counted here.
-    pub metrics: Arc<Metrics>,
-    /// Reads what is counted in the kernel, at each scrape.
-    pub kernel: Arc<dyn Fn() -> Kernel + Send + Sync>,
-    /// Answer of `/proxyMode`.
-    pub mode: &'static str,
-    /// Answer of `/configz`.
-    pub config: Arc<serde_json::Value>,
+async fn livez(State((health, counted)): Asked) -> Response {
+    let now = Instant::now();
+    let report = health.report(now, health.dead(now), None);
+    reported(report.healthy, &report, &counted.livez)
 }
 
-/// `/metrics`, `/proxyMode`, `/configz`, `/healthz`.
-pub fn metrics_router(metering: Metering) -> Router {
-    Router::new()
-        .route("/metrics", get(metrics))
-        .route("/proxyMode", get(proxy_mode))
-        .route("/configz", get(configz))
-        .route("/healthz", get(async || "ok"))
-        .with_state(metering)
+async fn healthz(State((health, counted)): Asked) -> Response {
+    let now = Instant::now();
+    let is_eligible = health.is_eligible();
+    let report = health.report(now, health.stuck(now), Some(is_eligible));
+    reported(report.healthy && is_eligible, &report, &counted.healthz)
 }
 
-async fn metrics(State(metering): State<Metering>) -> Response {
-    metering.metrics.update(&(metering.kernel)());
-    let text = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, text)], metering.metrics.text()).into_response()
-}
+/// As kube-proxy: nobody shall guess a type from the body.
+const NOSNIFF: (HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
 
-async fn proxy_mode(State(metering): State<Metering>) -> Response {
-    ([(OURS, env!("CARGO_PKG_VERSION"))], metering.mode).into_response()
-}
-
-async fn configz(State(metering): State<Metering>) -> Response {
-    let json = (header::CONTENT_TYPE, "application/json");
-    ([json], metering.config.to_string()).into_response()
-}
-
-/// Where a server listens, and what becomes of a port that cannot be had.
-#[derive(Clone, Copy, Debug)]
-pub struct Place {
-    /// What is served, for the log.
-    pub name: &'static str,
-    /// Nowhere without one.
-    pub address: Option<SocketAddr>,
-    /// Not to be tried again.
-    pub is_final: bool,
-}
-
-/// A server that has no port, and shall not wait for it.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "cannot serve {name} at {address}: {cause}; is another proxy or agent on this port? bindAddressHardFail is set"
-)]
-pub struct Unbound {
-    /// What is served.
-    pub name: &'static str,
-    address: SocketAddr,
-    cause: io::Error,
-}
-
-/// Serves `router` for ever. By default a port that cannot be had is no reason to stop serving the node: it is tried again.
-/// While `give_way` is true the port is left to others.
-pub async fn serve(place: Place, router: Router, give_way: watch::Receiver<bool>) -> Unbound {
-    let Place {
-        name,
-        address: Some(address),
-        is_final,
-    } = place
-    else {
-        return std::future::pending().await;
+fn reported(is_good: bool, report: &Report, counted: &Family<CodeLabel, Counter>) -> Response {
+    let status = match is_good {
+        true => StatusCode::OK,
+        false => StatusCode::SERVICE_UNAVAILABLE,
     };
-    let mut told = false;
-    loop {
-        until(give_way.clone(), false).await;
-        let error = match listen_at(address) {
-            Ok(listener) => {
-                tracing::info!(server = name, %address, "serving");
-                let server = axum::serve(listener, router.clone());
-                let gives_way = until(give_way.clone(), true);
-                match server.with_graceful_shutdown(gives_way).await {
-                    Ok(()) => {
-                        tracing::info!(server = name, %address, "the port is left to another proxy");
-                        continue;
-                    }
-                    Err(error) => error,
-                }
-            }
-            Err(error) => error,
-        };
-        if is_final {
-            return Unbound {
-                name,
-                address,
-                cause: error,
-            };
-        }
-        if !told {
-            told = true;
-            tracing::error!(server = name, %address, %error, retry = ?BIND_RETRY, "cannot serve: is another proxy or agent on this port?");
-        }
-        tokio::time::sleep(BIND_RETRY).await;
-    }
-}
-
-/// Listens; at an unspecified address in both families, as servers written in Go do.
-fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
-    if address.ip().is_unspecified() {
-        let everywhere = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), address.port());
-        if let Some(listener) = listener(everywhere, Families::Both)? {
-            return Ok(listener);
-        }
-    }
-    let lacking = || io::Error::other("this host lacks the address family");
-    listener(address, Families::One)?.ok_or_else(lacking)
-}
-
-/// Whether a listener at an IPv6 address also takes IPv4.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Families {
-    One,
-    Both,
-}
-
-/// None where this host lacks the family.
-fn listener(address: SocketAddr, families: Families) -> io::Result<Option<TcpListener>> {
-    let family = match address {
-        SocketAddr::V4(_) => AddressFamily::Inet,
-        SocketAddr::V6(_) => AddressFamily::Inet6,
-    };
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = match socket(family, SockType::Stream, flags, None) {
-        Err(nix::Error::EAFNOSUPPORT) => return Ok(None),
-        made => made?,
-    };
-    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
-    if address.is_ipv6() {
-        setsockopt(&fd, sockopt::Ipv6V6Only, &(families == Families::One))?;
-    }
-    bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
-    listen(&fd, Backlog::MAXCONN)?;
-    Ok(Some(TcpListener::from_std(fd.into())?))
-}
-
-/// Returns when `value` is `wanted`; never, if nobody is left who would change it.
-async fn until(mut value: watch::Receiver<bool>, wanted: bool) {
-    if value.wait_for(|value| *value == wanted).await.is_err() {
-        std::future::pending().await
-    }
+    let code = status.as_u16();
+    counted.get_or_create(&CodeLabel { code }).inc();
+    let headers = [(header::CONTENT_TYPE, "application/json"), NOSNIFF];
+    let body = serde_json::to_string(report).expect("text and booleans are JSON");
+    (status, headers, body).into_response()
 }
 
 #[cfg(test)]
 mod tests {
+    use prometheus_client::metrics::gauge::Gauge;
+
     use super::*;
+    use crate::sync::Scope;
+
+    fn watched(status: SyncStatus) -> Watched {
+        Watched {
+            status: watch::channel(status).1,
+            inbox: Arc::new(Inbox::new(Gauge::default())),
+        }
+    }
 
     /// A node with a healthy socket layer, and a packet layer that is doing like this.
     fn health(packets: SyncStatus, self_test: SelfTest, started: Instant) -> Health {
@@ -304,10 +278,11 @@ mod tests {
         };
         let (_, self_test) = watch::channel(self_test);
         Health {
-            layers: [sockets, packets]
-                .map(|status| watch::channel(status).1)
-                .into(),
+            layers: [sockets, packets].map(watched).into(),
             self_test,
+            eligible: watch::channel(Some(true)).1,
+            needs_no_node: false,
+            patience: Duration::from_secs(60),
             started,
         }
     }
@@ -388,5 +363,82 @@ mod tests {
             stuck(failing(None), long_ago).as_deref(),
             Some("no sync of the packet layer for 61 s: no memory")
         );
+    }
+
+    #[test]
+    fn a_layer_that_does_not_come_back_is_stuck_and_needs_a_restart() {
+        let start = Instant::now();
+        let mut health = health(synced(), SelfTest::Passed, start);
+        let inbox = Arc::clone(&health.layers[1].inbox);
+        inbox.sources(true, true);
+        inbox.wait(None, start);
+        inbox.push(Scope::All);
+        let soon = start + Duration::from_secs(59);
+        let late = start + Duration::from_secs(61);
+        assert_eq!((health.stuck(soon), health.dead(soon)), (None, None));
+        let stuck = health.stuck(late).unwrap();
+        assert!(
+            stuck.starts_with("no sync of the packet layer for 6")
+                && stuck.ends_with("it is behind"),
+            "{stuck}"
+        );
+        assert_eq!(health.dead(late), None, "its first sync may take long");
+        health.layers[1].status = watch::channel(SyncStatus {
+            last_success: Some(start),
+            ..synced()
+        })
+        .1;
+        let dead = health.dead(late).unwrap();
+        assert!(dead.starts_with("the packet layer hangs for 6"), "{dead}");
+    }
+
+    #[test]
+    fn the_reports_are_kube_proxys() {
+        let now = Instant::now();
+        let status = SyncStatus {
+            last_success: Some(now),
+            ..synced()
+        };
+        let mut health = health(status.clone(), SelfTest::Passed, now);
+        health.layers[0] = watched(status);
+        let text = |health: &Health, wrong: Option<&str>, eligible| {
+            let report = health.report(now, wrong.map(str::to_owned), eligible);
+            let current = report.current_time.clone();
+            let text = serde_json::to_string(&report).unwrap();
+            text.replace(&current, "NOW")
+        };
+        let families = r#""status":{"IPv4":{"lastUpdated":"NOW","healthy":true},"IPv6":{"lastUpdated":"NOW","healthy":true}}"#;
+        let begin = r#"{"lastUpdated":"NOW","currentTime":"NOW","#;
+        assert_eq!(
+            text(&health, None, Some(true)),
+            format!(r#"{begin}"nodeEligible":true,"healthy":true,{families}}}"#)
+        );
+        assert_eq!(
+            text(&health, None, None),
+            format!(r#"{begin}"healthy":true,{families}}}"#)
+        );
+        health.layers.truncate(1);
+        health.layers[0] = watched(starting());
+        assert_eq!(
+            text(&health, Some("no memory"), Some(false)),
+            r#"{"lastUpdated":"0001-01-01T00:00:00Z","currentTime":"NOW","nodeEligible":false,"healthy":false,"reason":"no memory"}"#
+        );
+        let at = SystemTime::UNIX_EPOCH + Duration::from_nanos(1_767_225_600_120_000_000);
+        assert_eq!(time(at), "2026-01-01T00:00:00.12Z");
+    }
+
+    #[test]
+    fn a_node_is_eligible_unless_it_leaves_or_was_never_seen() {
+        for (node, needs_no_node, expected) in [
+            (Some(true), false, true),
+            (Some(false), true, false),
+            (None, false, false),
+            (None, true, true),
+        ] {
+            let mut health = health(synced(), SelfTest::Passed, Instant::now());
+            health.eligible = watch::channel(node).1;
+            health.needs_no_node = needs_no_node;
+            assert_eq!(health.is_eligible(), expected, "{node:?} {needs_no_node}");
+        }
     }
 }

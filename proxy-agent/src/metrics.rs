@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text},
+    encoding::{EncodeLabelSet, text::encode},
     metrics::{
         counter::Counter,
         family::Family,
@@ -15,6 +15,15 @@ use prometheus_client::{
     registry::Registry,
 };
 use proxy_ebpf::abi::Reason;
+
+mod kube_proxy;
+mod process;
+mod text;
+
+pub use kube_proxy::{
+    Accounts, CodeLabel, FamilyLabel, KubeProxyMetrics, PolicyLabels, TableLabels,
+};
+use process::Process;
 
 /// Label of a layer.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -138,6 +147,17 @@ pub struct LayerMetrics {
     pub sync_errors: Counter,
     pub changes_pending: Gauge,
     pub drift_repairs: Counter,
+    /// Of the layer that speaks for the node.
+    pub kube_proxy: Option<KubeProxyMetrics>,
+}
+
+/// Whether a layer's syncs are told as kube-proxy's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Voice {
+    /// It speaks for the node.
+    Node,
+    /// It speaks for itself.
+    Own,
 }
 
 /// What the kernel holds and has counted.
@@ -151,64 +171,16 @@ pub struct Kernel {
     pub accounts: Accounts,
 }
 
-/// Packets that rules have counted, where there are such counters.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Accounts {
-    /// Dropped because conntrack calls them invalid.
-    pub invalid_dropped: Option<u64>,
-    /// Accepted for a node port on 127.0.0.0/8.
-    pub localhost_accepted: Option<u64>,
-}
-
-/// kube-proxy's metrics of what its rules have counted, with its names and texts
-/// (pkg/proxy/metrics/metrics.go).
-#[derive(Clone, Debug, Default)]
-pub struct KubeProxyMetrics {
-    /// [`Accounts::invalid_dropped`].
-    invalid_dropped: Counter,
-    /// [`Accounts::localhost_accepted`].
-    localhost_accepted: Counter,
-}
-
-impl KubeProxyMetrics {
-    fn register(&self, registry: &mut Registry) {
-        registry.register(
-            "iptables_ct_state_invalid_dropped_packets",
-            "Packets dropped to work around conntrack problems",
-            self.invalid_dropped.clone(),
-        );
-        registry.register(
-            "iptables_localhost_nodeports_accepted_packets",
-            "Packets accepted for node ports on the loopback interface",
-            self.localhost_accepted.clone(),
-        );
-    }
-
-    fn update(&self, accounts: Accounts) {
-        let Accounts {
-            invalid_dropped,
-            localhost_accepted,
-        } = accounts;
-        for (counter, packets) in [
-            (&self.invalid_dropped, invalid_dropped),
-            (&self.localhost_accepted, localhost_accepted),
-        ] {
-            if let Some(packets) = packets {
-                set(counter, packets);
-            }
-        }
-    }
-}
-
 impl Metrics {
     /// The part of a layer.
-    pub fn layer(&self, layer: &'static str) -> LayerMetrics {
+    pub fn layer(&self, layer: &'static str, voice: Voice) -> LayerMetrics {
         let label = LayerLabel { layer };
         LayerMetrics {
             sync_duration: self.sync_duration.get_or_create(&label).clone(),
             sync_errors: self.sync_errors.get_or_create(&label).clone(),
             changes_pending: self.changes_pending.get_or_create(&label).clone(),
             drift_repairs: self.drift_repairs.get_or_create(&label).clone(),
+            kube_proxy: (voice == Voice::Node).then(|| self.kube_proxy.clone()),
         }
     }
 
@@ -239,14 +211,23 @@ impl Metrics {
         }
     }
 
-    /// The text that Prometheus reads.
+    /// The text that Prometheus reads, in its format 0.0.4.
     pub fn text(&self) -> String {
+        text::prometheus(&self.open_metrics())
+    }
+
+    /// The same in the format OpenMetrics 1.0.
+    pub fn open_metrics(&self) -> String {
         let mut registry = Registry::default();
         self.register(registry.sub_registry_with_prefix("proxy_agent"));
         self.kube_proxy
             .register(registry.sub_registry_with_prefix("kubeproxy"));
+        // Without /proc there is nothing to say.
+        if let Ok(process) = Process::read() {
+            process.register(&mut registry);
+        }
         let mut text = String::new();
-        text::encode(&mut text, &registry).expect("writing to a String does not fail");
+        encode(&mut text, &registry).expect("writing to a String does not fail");
         text
     }
 }
@@ -321,7 +302,10 @@ mod tests {
                 reason: "all there".into(),
             })
             .set(1);
-        metrics.layer("socket").sync_duration.observe(0.001);
+        metrics
+            .layer("socket", Voice::Own)
+            .sync_duration
+            .observe(0.001);
         let text = metrics.text();
         for line in [
             "proxy_agent_sync_duration_seconds_count{layer=\"socket\"} 1",

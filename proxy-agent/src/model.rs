@@ -112,6 +112,8 @@ pub struct Model {
     /// The /24 and /64 that an endpoint was ever in: a new ClusterIP is nearly never in one of them.
     neighbourhoods: HashSet<u64>,
     node: Arc<Node>,
+    /// There has been a Node object.
+    has_node: bool,
     addresses: BTreeSet<IpAddr>,
     node_ports: NodePortAddresses,
     /// Stands for that of the Node in its family.
@@ -131,6 +133,7 @@ impl Model {
             filed: HashMap::new(),
             neighbourhoods: HashSet::new(),
             node: Arc::default(),
+            has_node: false,
             addresses: BTreeSet::new(),
             node_ports: NodePortAddresses::default(),
             main_address: None,
@@ -163,6 +166,11 @@ impl Model {
         }
     }
 
+    /// The Service of a slice that is known.
+    pub fn service_of(&self, slice: &SliceName) -> Option<&ServiceName> {
+        self.filed.get(slice)
+    }
+
     /// Whether the source of `update` has delivered before; its first update says nothing of what changed.
     pub fn is_news(&self, update: &Update) -> bool {
         match update {
@@ -184,6 +192,11 @@ impl Model {
     /// The node that the agent runs on.
     pub fn node_name(&self) -> &NodeName {
         &self.here
+    }
+
+    /// Whether load balancers may send it traffic, for all that its Node says; none while there has been no Node.
+    pub fn is_eligible(&self) -> Option<bool> {
+        self.has_node.then_some(!self.node.is_leaving)
     }
 
     /// Its zone.
@@ -272,7 +285,9 @@ impl Model {
             self.apply_slice(name, slice, &mut dirty);
         }
         if let Some(node) = node {
-            self.apply_node(node.unwrap_or_default(), &mut dirty);
+            self.has_node |= node.is_some();
+            let node = node.unwrap_or_else(|| self.without_node());
+            self.apply_node(node, &mut dirty);
         }
         self.has_objects = true;
         self.complete = complete;
@@ -318,6 +333,13 @@ impl Model {
                 self.slices.remove(service);
             }
         }
+    }
+
+    /// The node when its object is deleted: it has its addresses and its pods all the same. kube-proxy keeps those too.
+    fn without_node(&self) -> Arc<Node> {
+        let mut node = Node::clone(&self.node);
+        node.zone = None;
+        Arc::new(node)
     }
 
     /// Changed addresses may serve node ports. A changed zone touches every Service with zone hints, as kube-proxy's full sync on a changed Node does.

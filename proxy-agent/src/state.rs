@@ -34,6 +34,14 @@ impl Family {
         }
     }
 
+    /// As the Kubernetes API calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+
     /// `0.0.0.0` or `::`.
     pub fn unspecified(self) -> IpAddr {
         match self {
@@ -45,10 +53,7 @@ impl Family {
 
 impl fmt::Display for Family {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::V4 => "IPv4",
-            Self::V6 => "IPv6",
-        })
+        f.write_str(self.name())
     }
 }
 

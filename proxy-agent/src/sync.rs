@@ -10,7 +10,7 @@
 
 use std::{
     collections::BTreeMap,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::sync::watch;
@@ -28,7 +28,7 @@ mod quarrel;
 mod status;
 
 pub use compiled::Compiled;
-pub use inbox::{Inbox, Scope, Turn};
+pub use inbox::{Inbox, Progress, Scope, Turn};
 use quarrel::Quarrel;
 pub use status::SyncStatus;
 
@@ -150,14 +150,18 @@ impl<B: Backend> Layer<B> {
             }
             let start = Instant::now();
             let had_work = !turn.scope.is_empty();
+            let is_full = turn.scope == Scope::All;
             if had_work || start >= due.until {
                 let taken = self.changes + turn.changes;
                 due = self.turn(start, turn, &mut compile);
-                inbox.done(taken - self.changes);
+                inbox.done(taken - self.changes, self.failures == 0);
             }
             if had_work {
                 let elapsed = start.elapsed();
                 self.metrics.sync_duration.observe(elapsed.as_secs_f64());
+                if let Some(kube_proxy) = &self.metrics.kube_proxy {
+                    kube_proxy.synced(is_full, elapsed);
+                }
                 tracing::debug!(layer = self.name, ?elapsed, "synced");
             }
         }
@@ -302,6 +306,9 @@ impl<B: Backend> Layer<B> {
             tracing::info!(layer = self.name, failures = self.failures, "synced again");
             self.failures = 0;
         }
+        if let Some(kube_proxy) = &self.metrics.kube_proxy {
+            kube_proxy.succeeded(SystemTime::now());
+        }
         let entries = self.observed.as_ref().map_or(0, BTreeMap::len);
         // Nobody is woken by one more success: at 20,000 changes a second that would cost as much as the syncs.
         self.status.send_if_modified(|status| {
@@ -353,6 +360,9 @@ impl<B: Backend> Layer<B> {
         self.observed = None;
         self.is_published = false;
         self.metrics.sync_errors.inc();
+        if let Some(kube_proxy) = &self.metrics.kube_proxy {
+            kube_proxy.failed();
+        }
         let wait = retry_after(self.failures);
         self.failures += 1;
         tracing::warn!(layer = self.name, error = format!("{error:#}"), retry = ?wait, "sync failed");

@@ -20,7 +20,7 @@ use std::{
 
 use crate::{
     backends::{Error, own_addresses},
-    state::{DesiredState, Protocol, ServiceName, ServicePort, ServiceState},
+    state::{DesiredState, Family, Protocol, ServiceName, ServicePort, ServiceState},
 };
 
 mod answers;
@@ -37,9 +37,38 @@ pub struct Cleaned {
     /// Flows that were looked at.
     pub seen: u64,
     /// Flows that were forgotten.
-    pub deleted: u64,
+    pub deleted: ByFamily,
     /// Stale flows that the kernel keeps, because a network card has taken them over.
     pub kept: u64,
+}
+
+/// A number for each family.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ByFamily {
+    v4: u64,
+    v6: u64,
+}
+
+impl ByFamily {
+    /// That of one.
+    pub fn of(self, family: Family) -> u64 {
+        match family {
+            Family::V4 => self.v4,
+            Family::V6 => self.v6,
+        }
+    }
+
+    /// Both together.
+    pub fn sum(self) -> u64 {
+        self.v4 + self.v6
+    }
+
+    fn count(&mut self, family: Family) {
+        *match family {
+            Family::V4 => &mut self.v4,
+            Family::V6 => &mut self.v6,
+        } += 1;
+    }
 }
 
 /// Looks once at each flow of the calling thread's network namespace that can be stale, and deletes those of the Services in

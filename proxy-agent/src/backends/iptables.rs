@@ -88,6 +88,17 @@ fn is_own_set(set: &AddressSet) -> bool {
     prefixes.any(|prefix| set.name.starts_with(prefix))
 }
 
+/// What is counted of the rules.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Rules in our chains when they were read last.
+    pub held: BTreeMap<(Family, Table), usize>,
+    /// Rules that the last apply wrote.
+    pub written: BTreeMap<(Family, Table), usize>,
+    /// How often iptables-restore failed or refused, in all; the second number for a part of the rules only.
+    pub failures: BTreeMap<Family, (u64, u64)>,
+}
+
 /// Keeps the rules of a network namespace level with a desired state.
 ///
 /// One entry per chain: the digest of its rules. Their text exists only while a plan is applied.
@@ -109,6 +120,7 @@ pub struct IptablesBackend<T> {
     left_out: BTreeMap<ServicePort, String>,
     /// The next apply writes all that is missing, also what was left out.
     retries_left_out: bool,
+    counts: Counts,
     /// None while nobody else is looked out for.
     rivals: Option<Rivals>,
     /// What of another proxy was there when it was observed last.
@@ -129,6 +141,7 @@ impl<T: Tables> IptablesBackend<T> {
             absent: BTreeSet::new(),
             left_out: BTreeMap::new(),
             retries_left_out: false,
+            counts: Counts::default(),
             rivals: None,
             of_rivals: rival::Found::default(),
         }
@@ -173,6 +186,11 @@ impl<T: Tables> IptablesBackend<T> {
     pub fn serve(&mut self, families: BTreeSet<Family>) {
         self.rules.families = families;
         self.known = Known::default();
+    }
+
+    /// What is counted of the rules.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     /// Service ports that the tool refuses, with what it said. They are tried again when everything is planned again.
@@ -269,6 +287,7 @@ impl<T: Tables> Backend for IptablesBackend<T> {
                     self.has_kubelet_firewall = saved.has_kubelet_firewall;
                 }
                 self.found.extend(saved.leaves);
+                self.counts.held.insert((family, table), saved.rules);
                 let chains = saved.chains.into_iter();
                 found.extend(chains.map(|(chain, of)| (Key::Chain(family, table, chain), of)));
                 let anchors = saved.anchors.into_iter();

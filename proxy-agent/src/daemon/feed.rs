@@ -1,16 +1,19 @@
 //! What the sources say, on its way to the layers: one model, and for each layer its own changes at its own pace.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
 
-use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::watch;
 
+use super::observer::Observer;
 use crate::{
     compile::{self, Compiler, Problem},
     health::checks::Checks,
-    metrics::Metrics,
+    metrics::{LayerMetrics, Metrics},
     model::{Dirty, Model, Update},
-    sync::{Compiled, Inbox, Scope},
+    sync::{Compiled, Inbox, Scope, SyncStatus},
 };
 
 /// Takes in what the sources say, and tells each layer what it touches.
@@ -18,7 +21,10 @@ use crate::{
 pub struct Feeds {
     model: Arc<Mutex<Model>>,
     inboxes: Vec<Arc<Inbox>>,
+    observer: Option<Arc<Mutex<Observer>>>,
     checks: watch::Sender<Checks>,
+    /// What the Node says of that; none while there has been no Node.
+    eligible: watch::Sender<Option<bool>>,
 }
 
 /// What one layer is fed from.
@@ -29,6 +35,8 @@ pub struct Feed {
     pub inbox: Arc<Inbox>,
     /// The first layer tells what cannot be carried out: the others compile the same.
     tells: bool,
+    /// Of the layer that speaks for the node.
+    observer: Option<Arc<Mutex<Observer>>>,
 }
 
 impl Feeds {
@@ -37,7 +45,9 @@ impl Feeds {
         Self {
             model: Arc::new(Mutex::new(model)),
             inboxes: Vec::new(),
+            observer: None,
             checks: watch::Sender::default(),
+            eligible: watch::Sender::default(),
         }
     }
 
@@ -46,15 +56,28 @@ impl Feeds {
         self.checks.subscribe()
     }
 
-    /// One more layer; `pending` follows the number of changes that wait for it.
-    pub fn add(&mut self, pending: Gauge) -> Feed {
+    /// Follows whether the Node is one that load balancers may send traffic; none while there has been no Node.
+    pub fn eligible(&self) -> watch::Receiver<Option<bool>> {
+        self.eligible.subscribe()
+    }
+
+    /// One more layer, which counts there.
+    pub fn add(&mut self, metrics: &LayerMetrics) -> Feed {
         let tells = self.inboxes.is_empty();
-        let inbox = Arc::new(Inbox::new(pending));
+        let inbox = Arc::new(Inbox::new(metrics.changes_pending.clone()));
+        let observer = metrics.kube_proxy.clone().map(|metrics| {
+            let observer = Observer::new(metrics, SystemTime::now());
+            Arc::new(Mutex::new(observer))
+        });
+        if observer.is_some() {
+            self.observer.clone_from(&observer);
+        }
         self.inboxes.push(Arc::clone(&inbox));
         Feed {
             model: Arc::clone(&self.model),
             inbox,
             tells,
+            observer,
         }
     }
 
@@ -63,9 +86,13 @@ impl Feeds {
         let (is_news, dirty, synced, complete) = {
             let mut model = lock(&self.model);
             let is_news = model.is_news(&update);
+            if let Some(observer) = &self.observer {
+                lock(observer).note(&update, &model, SystemTime::now());
+            }
             let dirty = model.apply(update);
             self.checks
                 .send_if_modified(|checks| note_checks(checks, &model, &dirty));
+            self.eligible.send_replace(model.is_eligible());
             (is_news, dirty, model.is_synced(), model.is_complete())
         };
         for inbox in &self.inboxes {
@@ -92,7 +119,17 @@ impl Feed {
         if self.tells {
             tell(&problems, compiler, metrics);
         }
+        if let Some(observer) = &self.observer {
+            lock(observer).taken(&compiled);
+        }
         compiled
+    }
+
+    /// Counts what was compiled, once the kernel holds it.
+    pub fn tend(&self, status: &SyncStatus) {
+        if let Some(observer) = &self.observer {
+            lock(observer).tell(status, SystemTime::now());
+        }
     }
 }
 
@@ -127,9 +164,9 @@ fn tell(new: &[Problem], compiler: &Compiler, metrics: &Metrics) {
         .set(i64::try_from(count).unwrap_or(i64::MAX));
 }
 
-/// The model is changed whole or not at all, even by a thread that panics.
-fn lock(model: &Mutex<Model>) -> MutexGuard<'_, Model> {
-    model.lock().unwrap_or_else(PoisonError::into_inner)
+/// Either is changed whole or not at all, even by a thread that panics.
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -137,12 +174,15 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::model::{Node, NodeName, Objects};
+    use crate::{
+        metrics::Voice,
+        model::{Node, NodeName, Objects},
+    };
 
     #[test]
     fn other_networks_of_the_nodes_pods_concern_everything() {
         let mut feeds = Feeds::new(Model::new(NodeName::new("node-a")));
-        let feed = feeds.add(Gauge::default());
+        let feed = feeds.add(&Metrics::default().layer("test", Voice::Own));
         let node = |network: &str| {
             let node = Node {
                 pod_networks: [network.parse().unwrap()].into(),
@@ -171,8 +211,10 @@ mod tests {
     #[test]
     fn each_layer_gets_every_change_whatever_the_other_one_does() {
         let mut feeds = Feeds::new(Model::new(NodeName::new("node-a")));
-        let (fast, slow) = (Gauge::default(), Gauge::default());
-        let (first, second) = (feeds.add(fast.clone()), feeds.add(slow.clone()));
+        let metrics = Metrics::default();
+        let slow = metrics.layer("slow", Voice::Node);
+        let first = feeds.add(&metrics.layer("fast", Voice::Own));
+        let second = feeds.add(&slow);
         feeds.update(Update::Addresses([[10, 0, 0, 1].into()].into()));
         feeds.update(Update::Objects(Objects {
             complete: true,
@@ -187,7 +229,10 @@ mod tests {
         });
         assert_eq!(take(&first).scope, addresses);
         // The other one has been busy all the time.
-        assert_eq!((take(&second).scope, slow.get()), (Scope::All, 2));
+        assert_eq!(
+            (take(&second).scope, slow.changes_pending.get()),
+            (Scope::All, 2)
+        );
         feeds.stop();
         assert!(take(&first).stop && take(&second).stop);
     }

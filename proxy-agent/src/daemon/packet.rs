@@ -21,7 +21,7 @@ use crate::{
     backends::{
         conntrack::Cleaner,
         iptables::{
-            IptablesBackend,
+            Counts, IptablesBackend,
             rules::{Features, LocalPods, NodePorts, Rules},
             tables::Tables as _,
             watch::Watched,
@@ -30,7 +30,7 @@ use crate::{
     },
     cli::{DetectLocalMode, Packet, Run, Sources},
     compile::Compiler,
-    metrics::Metrics,
+    metrics::{FamilyLabel, KubeProxyMetrics, LayerMetrics, Metrics, TableLabels},
     state::{Family, NodePortAddresses, ServicePort},
     sync::{Layer, Scope, SyncStatus},
 };
@@ -60,6 +60,7 @@ pub fn start(
     tools: Tools,
     args: &Run,
     feed: Feed,
+    counts: LayerMetrics,
     metrics: &Arc<Metrics>,
     give_way: watch::Sender<bool>,
 ) -> Result<LayerThread, Error> {
@@ -73,6 +74,7 @@ pub fn start(
     let pace = args.layers.packet.iptables_min_sync_period;
     let status = SyncStatus::channel("packet");
     let followed = status.subscribe();
+    let inbox = Arc::clone(&feed.inbox);
     let flows = RefCell::new(cleaner(metrics).map_err(super::start("the conntrack clean-up"))?);
     let metrics = Arc::clone(metrics);
     let work = move || {
@@ -92,7 +94,7 @@ pub fn start(
         };
         let is_nft = host.variant().is_nft();
         let backend = IptablesBackend::new(Watched::new(host, is_nft), rules).beside(rivals);
-        let layer = Layer::new(status, backend, metrics.layer("packet"), Instant::now());
+        let layer = Layer::new(status, backend, counts, Instant::now());
         let layer = layer.with_pace(pace);
         let mut compiler = Compiler::default();
         let compile = |scope: &Scope| {
@@ -110,6 +112,8 @@ pub fn start(
         layer.run(&feed.inbox, compile, |backend, status| {
             told.tell(backend.left_out(), &metrics);
             beside.tend(backend, status);
+            feed.tend(status);
+            tell_counts(backend.counts(), &metrics.kube_proxy);
             let is_news = families.tend(backend, &metrics);
             if is_news {
                 feed.inbox.push(Scope::All);
@@ -122,17 +126,59 @@ pub fn start(
             backend.tables_mut().has_changed() || is_news
         });
     };
-    LayerThread::start("packet-layer", followed, work).map_err(super::start("the packet layer"))
+    LayerThread::start("packet-layer", followed, inbox, work)
+        .map_err(super::start("the packet layer"))
+}
+
+/// What kube-proxy's metrics say of rules.
+fn tell_counts(counts: &Counts, metrics: &KubeProxyMetrics) {
+    let Counts {
+        held,
+        written,
+        failures,
+    } = counts;
+    for (rules, gauges) in [(held, &metrics.rules), (written, &metrics.rules_last)] {
+        for ((family, table), count) in rules {
+            let labels = TableLabels {
+                ip_family: family.name(),
+                table: table.name(),
+            };
+            let gauge = gauges.get_or_create(&labels);
+            gauge.set(i64::try_from(*count).unwrap_or(i64::MAX));
+        }
+    }
+    for (family, (all, partial)) in failures {
+        let label = FamilyLabel {
+            ip_family: family.name(),
+        };
+        for (count, counters) in [
+            (all, &metrics.restore_failures),
+            (partial, &metrics.partial_restore_failures),
+        ] {
+            let counter = counters.get_or_create(&label);
+            counter.inc_by(count.saturating_sub(counter.get()));
+        }
+    }
 }
 
 /// Forgets the flows that lead to nobody who serves, and counts them.
 fn cleaner(metrics: &Metrics) -> io::Result<Cleaner> {
     let deleted = metrics.conntrack_flows_deleted.clone();
     let duration = metrics.conntrack_cleanup_duration.clone();
+    let kube_proxy = metrics.kube_proxy.clone();
     Cleaner::start(move |cleaned, elapsed| match cleaned {
         Ok(cleaned) => {
             duration.observe(elapsed.as_secs_f64());
-            deleted.inc_by(cleaned.deleted);
+            deleted.inc_by(cleaned.deleted.sum());
+            for family in [Family::V4, Family::V6] {
+                let label = FamilyLabel {
+                    ip_family: family.name(),
+                };
+                let looks = kube_proxy.reconciled.get_or_create(&label);
+                looks.observe(elapsed.as_secs_f64());
+                let entries = kube_proxy.reconciled_entries.get_or_create(&label);
+                entries.inc_by(cleaned.deleted.of(family));
+            }
             if cleaned.kept > 0 {
                 tracing::warn!(
                     flows = cleaned.kept,

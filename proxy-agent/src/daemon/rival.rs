@@ -88,7 +88,9 @@ fn foreign_mode(address: SocketAddr) -> Option<String> {
 fn ask(address: SocketAddr) -> io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    write!(stream, "GET /proxyMode HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+    // At once: who answers the first piece of it and closes would reset the connection at the second.
+    let request = format!("GET /proxyMode HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let end = Instant::now() + TIMEOUT;
     let mut answer = [0; ANSWER_BYTES];
     let mut length = 0;
@@ -115,7 +117,7 @@ fn mode_of_another(answer: &str) -> Option<&str> {
         .is_some_and(|status| status.split(' ').nth(1) == Some("200"));
     let is_ours = lines.any(|line| {
         line.split_once(':')
-            .is_some_and(|(name, _)| name.eq_ignore_ascii_case(OURS))
+            .is_some_and(|(name, _)| name.eq_ignore_ascii_case(OURS.as_str()))
     });
     let word = body.trim();
     let is_word = !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric());

@@ -3,7 +3,6 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
 };
 
 use tokio::sync::watch;
@@ -19,26 +18,19 @@ use crate::{
     },
     cli::{Global, Run},
     config,
-    health::{self, Health, Metering, Place, SelfTest, Unbound, checks::Checks},
+    health::{self, Health, Metering, Place, Unbound, checks::Checks},
     metrics::{Accounts, Kernel, Metrics, ModeLabels},
-    sync::SyncStatus,
 };
 
 /// Serves `/readyz`, `/livez` and `/healthz`, and what load balancers ask for at the ports of `checks`. Ends only without a
 /// port that it must have.
 pub fn health(
     args: &Run,
-    layers: Vec<watch::Receiver<SyncStatus>>,
-    self_test: watch::Receiver<SelfTest>,
+    health: Health,
     checks: watch::Receiver<Checks>,
     metrics: &Metrics,
 ) -> impl Future<Output = Unbound> + use<> {
-    let health = Health {
-        layers,
-        self_test,
-        started: Instant::now(),
-    };
-    let router = health::health_router(health.clone());
+    let router = health::health_router(health.clone(), metrics.kube_proxy.clone());
     let (_, keeps) = watch::channel(false);
     let place = Place {
         name: "healthz",

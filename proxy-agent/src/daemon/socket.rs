@@ -17,7 +17,7 @@ use crate::{
         load::LeftOut,
     },
     compile::Compiler,
-    metrics::Metrics,
+    metrics::{LayerMetrics, Metrics},
     sync::{Layer, Scope, SyncStatus},
 };
 
@@ -42,11 +42,12 @@ pub fn start(
     reaper: reaper::Requests,
     exclusions: Exclusions,
     terms: Terms,
+    counts: LayerMetrics,
     metrics: &Arc<Metrics>,
 ) -> io::Result<LayerThread> {
     let backend = EbpfBackend::new(store);
     let status = SyncStatus::channel("socket");
-    let layer = Layer::new(status, backend, metrics.layer("socket"), Instant::now());
+    let layer = Layer::new(status, backend, counts, Instant::now());
     let status = layer.status();
     // Those that exist are excluded before the first hook is attached.
     let excluded = Arc::new(Mutex::new(Some(exclusions.cgroups())));
@@ -58,10 +59,10 @@ pub fn start(
         has_told: false,
         metrics: Arc::clone(metrics),
     };
-    let nudged = Arc::clone(&feed.inbox);
+    let (nudged, inbox) = (Arc::clone(&feed.inbox), Arc::clone(&feed.inbox));
     let metrics = Arc::clone(metrics);
     let work = move || work(layer, &mut tending, &feed, &metrics);
-    let thread = LayerThread::start("socket-layer", status, work)?;
+    let thread = LayerThread::start("socket-layer", status, inbox, work)?;
     exclusions.follow(move |cgroups| {
         *lock(&excluded) = Some(cgroups);
         nudged.nudge();
@@ -85,6 +86,7 @@ fn work(
     };
     layer.run(&feed.inbox, compile, |backend, status| {
         tending.tend(backend, status);
+        feed.tend(status);
         false
     });
 }

@@ -24,7 +24,10 @@ use tokio::{
     time::sleep,
 };
 
-use super::{BIND_RETRY, Families, Health, listener};
+use super::{
+    Health,
+    listen::{BIND_RETRY, Families, listener},
+};
 use crate::state::{Family, HealthCheck, ServiceName};
 
 /// What load balancers are told, and where they may ask.
@@ -57,6 +60,7 @@ impl Checks {
 pub async fn serve(checks: watch::Receiver<Checks>, health: Health, failed: Gauge) -> ! {
     for layer in &health.layers {
         if layer
+            .status
             .clone()
             .wait_for(|status| status.is_synced)
             .await

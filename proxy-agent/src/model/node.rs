@@ -10,6 +10,8 @@ use super::{
     text,
 };
 
+/// The cluster autoscaler's taint (autoscaler, utils/taints/taints.go).
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// A Node's name.
@@ -41,6 +43,8 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// The main address in each family that it has one in: the first internal one, else the first external one.
     pub addresses: Box<[IpAddr]>,
+    /// Whether it is about to go: deleted, or marked so by the cluster autoscaler (KEP-3836).
+    pub is_leaving: bool,
     /// The network of its pods in each family that has one: the first of `spec.podCIDRs`.
     pub pod_networks: Box<[IpNet]>,
 }
@@ -66,9 +70,20 @@ impl Node {
                 .filter(|zone| !zone.is_empty())
                 .map(|zone| zone.as_str().into()),
             addresses: addresses(object),
+            is_leaving: is_leaving(object),
             pod_networks: pod_networks(object),
         }
     }
+}
+
+/// kube-proxy's `NodeEligible` (pkg/proxy/healthcheck/proxy_health.go).
+fn is_leaving(object: &v1::Node) -> bool {
+    let spec = object.spec.as_ref();
+    let taints = spec
+        .and_then(|spec| spec.taints.as_deref())
+        .unwrap_or_default();
+    let is_marked = taints.iter().any(|taint| taint.key == TO_BE_DELETED);
+    is_marked || object.metadata.deletion_timestamp.is_some()
 }
 
 /// As kube-proxy chooses them (component-helpers/node/util/ips.go). What is no address is passed over: kubelet writes them.
@@ -131,6 +146,22 @@ mod tests {
         let expected: [IpAddr; 2] = ["192.168.0.1", "2001:db8::1"].map(|ip| ip.parse().unwrap());
         assert_eq!(*found, expected);
         assert!(parsed(json!([])).is_empty());
+    }
+
+    #[test]
+    fn a_node_that_is_deleted_or_marked_for_it_is_leaving() {
+        let parsed = |node| Node::parse(&serde_json::from_value(node).unwrap()).is_leaving;
+        let taint = |key: &str| {
+            let taint = json!({"key": key, "effect": "NoSchedule"});
+            json!({"metadata": {"name": "a"}, "spec": {"taints": [taint]}})
+        };
+        assert!(parsed(taint("ToBeDeletedByClusterAutoscaler")));
+        assert!(!parsed(taint("node.kubernetes.io/unschedulable")));
+        let time = "2026-01-01T00:00:00Z";
+        assert!(parsed(
+            json!({"metadata": {"name": "a", "deletionTimestamp": time}})
+        ));
+        assert!(!parsed(json!({"metadata": {"name": "a"}})));
     }
 
     #[test]

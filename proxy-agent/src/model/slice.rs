@@ -1,7 +1,8 @@
 //! An EndpointSlice: endpoints of one Service in one family, 20 bytes each.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
+use std::{collections::BTreeMap, fmt, net::IpAddr, num::NonZeroU16, sync::Arc, time::SystemTime};
 
+use jiff::Timestamp;
 use k8s_openapi::api::discovery::v1;
 
 use super::{
@@ -11,6 +12,8 @@ use super::{
 };
 use crate::state::{Family, Protocol, ServiceName};
 
+/// When the change happened that led to this state of a slice (core/v1, `EndpointsLastChangeTriggerTime`).
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// An EndpointSlice's "namespace/name".
@@ -44,6 +47,8 @@ pub struct Slice {
     pub(crate) endpoints: Box<[Endpoint]>,
     /// Distinct `hints.forZones`, by [`Endpoint::zones`] minus one.
     pub(crate) zones: Box<[Zones]>,
+    /// When what changed it happened, as its controller says.
+    pub(crate) triggered: Option<SystemTime>,
 }
 
 /// Zones that an endpoint should be used from.
@@ -140,6 +145,13 @@ impl Endpoint {
     }
 }
 
+/// What is no time is passed over: it is only counted.
+fn triggered(object: &v1::EndpointSlice) -> Option<SystemTime> {
+    let annotations = object.metadata.annotations.as_ref()?;
+    let time: Timestamp = annotations.get(TRIGGER_TIME)?.parse().ok()?;
+    Some(time.into())
+}
+
 impl Slice {
     /// A slice of endpoints without zone hints.
     ///
@@ -163,6 +175,7 @@ impl Slice {
             ports: ports.into(),
             endpoints: endpoints.into(),
             zones: Box::default(),
+            triggered: None,
         }
     }
 
@@ -214,6 +227,7 @@ impl Slice {
             ports: ports(object, &blame)?,
             endpoints: Box::default(),
             zones: Box::default(),
+            triggered: triggered(object),
         };
         let trimmed = slice.read_endpoints(&object.endpoints, here, &blame)?;
         Ok(Some((slice, trimmed)))

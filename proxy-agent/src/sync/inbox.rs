@@ -71,12 +71,31 @@ pub struct Turn {
     pub stop: bool,
 }
 
+/// How a layer gets on with what it is given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Since when the oldest change waits that the kernel does not hold; none while it holds everything.
+    pub behind_since: Option<Instant>,
+    /// Since when the layer has been at work without coming back for more; none while it waits.
+    pub busy_since: Option<Instant>,
+}
+
 /// Where changes wait for their layer. One producer or several, one consumer.
 #[derive(Debug)]
 pub struct Inbox {
     turn: Mutex<Turn>,
     wake: Condvar,
     pending: Gauge,
+    clocks: Mutex<Clocks>,
+}
+
+#[derive(Debug, Default)]
+struct Clocks {
+    /// Of the oldest change that is still here.
+    here: Option<Instant>,
+    /// Of the oldest one that the layer has taken, and the kernel does not hold.
+    taken: Option<Instant>,
+    busy: Option<Instant>,
 }
 
 impl Inbox {
@@ -86,6 +105,17 @@ impl Inbox {
             turn: Mutex::default(),
             wake: Condvar::new(),
             pending,
+            clocks: Mutex::default(),
+        }
+    }
+
+    /// How the layer gets on.
+    pub fn progress(&self) -> Progress {
+        let clocks = self.clocks();
+        let behind = [clocks.here, clocks.taken].into_iter().flatten().min();
+        Progress {
+            behind_since: behind,
+            busy_since: clocks.busy,
         }
     }
 
@@ -98,6 +128,9 @@ impl Inbox {
         turn.scope.merge(scope);
         turn.changes += 1;
         self.pending.inc();
+        if turn.synced {
+            self.clocks().here.get_or_insert_with(Instant::now);
+        }
         drop(turn);
         self.wake.notify_one();
     }
@@ -119,6 +152,7 @@ impl Inbox {
         turn.complete = complete;
         if news {
             turn.scope = Scope::All;
+            self.clocks().here.get_or_insert_with(Instant::now);
             drop(turn);
             self.wake.notify_one();
         }
@@ -139,12 +173,22 @@ impl Inbox {
     /// Waits for the next turn: at once when something is there and `not_before` has passed, at the latest at `until`.
     /// What has to wait longer stays here.
     pub fn wait(&self, not_before: Option<Instant>, until: Instant) -> Turn {
+        self.clocks().busy = None;
+        let turn = self.next(not_before, until);
+        self.clocks().busy = Some(Instant::now());
+        turn
+    }
+
+    fn next(&self, not_before: Option<Instant>, until: Instant) -> Turn {
         let mut turn = self.lock();
         loop {
             let now = Instant::now();
             let held_back = not_before.filter(|at| now < *at);
             let has_work = turn.synced && !turn.scope.is_empty() && held_back.is_none();
             if has_work {
+                let mut clocks = self.clocks();
+                let here = clocks.here.take();
+                clocks.taken = clocks.taken.or(here);
                 let rest = turn.without_work();
                 return std::mem::replace(&mut *turn, rest);
             }
@@ -166,6 +210,7 @@ impl Inbox {
 
     /// Lets everything wait until `until`; says whether the agent stops, which ends the wait.
     pub fn rest(&self, until: Instant) -> bool {
+        self.clocks().busy = None;
         let mut turn = self.lock();
         while !turn.stop {
             let left = until.saturating_duration_since(Instant::now());
@@ -178,9 +223,16 @@ impl Inbox {
         turn.stop
     }
 
-    /// Takes note that `changes` are in the kernel.
-    pub fn done(&self, changes: i64) {
+    /// Takes note that `changes` are in the kernel, and whether that is all that was taken.
+    pub fn done(&self, changes: i64, is_level: bool) {
         self.pending.dec_by(changes);
+        if is_level {
+            self.clocks().taken = None;
+        }
+    }
+
+    fn clocks(&self) -> MutexGuard<'_, Clocks> {
+        self.clocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A poisoned lock holds nothing half-written: every critical section above only sets fields.
@@ -282,6 +334,46 @@ mod tests {
             inbox.push(part("a"));
             inbox.stop();
             assert!(waiter.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn the_oldest_change_counts_until_the_kernel_holds_what_was_taken() {
+        let inbox = Inbox::new(Gauge::default());
+        let behind = || inbox.progress().behind_since;
+        let take = || inbox.wait(None, Instant::now());
+        inbox.push(part("a"));
+        assert_eq!(behind(), None, "nobody may write yet");
+        inbox.sources(true, true);
+        let first = behind();
+        assert!(first.is_some());
+        take();
+        inbox.push(part("b"));
+        inbox.done(0, false);
+        assert_eq!(behind(), first, "the sync failed");
+        take();
+        inbox.push(part("c"));
+        inbox.done(2, true);
+        assert!(behind() > first, "one has come meanwhile");
+        take();
+        inbox.done(1, true);
+        assert_eq!(behind(), None);
+    }
+
+    #[test]
+    fn a_layer_is_busy_between_two_waits() {
+        let inbox = Inbox::new(Gauge::default());
+        assert_eq!(inbox.progress().busy_since, None);
+        let before = Instant::now();
+        inbox.wait(None, before);
+        assert!(inbox.progress().busy_since >= Some(before));
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| inbox.wait(None, Instant::now() + Duration::from_secs(60)));
+            while inbox.progress().busy_since.is_some() {
+                std::thread::yield_now();
+            }
+            inbox.stop();
+            waiter.join().unwrap();
         });
     }
 

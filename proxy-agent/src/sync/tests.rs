@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     backends::{Key, memory::Memory},
     compile::Compiler,
-    metrics::Metrics,
+    metrics::{Metrics, Voice},
     model::{Model, NodeName, Objects, Port, Service, Update},
     state::{
         DesiredState, Family, NodeAddress, Protocol, ServiceName, ServicePort, ServiceState,
@@ -132,7 +132,7 @@ impl Bench {
         let layer = Layer::new(
             SyncStatus::channel("test"),
             memory,
-            Metrics::default().layer("test"),
+            Metrics::default().layer("test", Voice::Own),
             now,
         );
         Self { layer, now }

@@ -17,7 +17,7 @@ use proxy_agent::{
         },
     },
     compile::Compiler,
-    metrics::{LayerMetrics, Metrics},
+    metrics::{LayerMetrics, Metrics, Voice},
     model::{Model, NodeName, Objects, Update},
     sync::{Compiled, Inbox, Layer, Scope, SyncStatus},
 };
@@ -92,7 +92,7 @@ impl Engine {
     /// # Errors
     /// It does not come.
     pub fn start(node: &Node, model: Model) -> Result<Self> {
-        let metrics = Metrics::default().layer("socket");
+        let metrics = Metrics::default().layer("socket", Voice::Node);
         let inbox = Arc::new(Inbox::new(metrics.changes_pending.clone()));
         let status = SyncStatus::channel("socket");
         let layer = Layer::new(status, open(node)?, metrics.clone(), Instant::now());

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
@@ -24,6 +25,7 @@ pub const KUBE_PROXY: &str = "kube-proxy";
 pub const NOBODY: &str = "nobody";
 /// A start takes three seconds on a quiet machine.
 const START: Duration = Duration::from_secs(120);
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
 const SERVICES: &str = "/api/v1/namespaces/default/services";
 
@@ -160,13 +162,17 @@ impl ControlPlane {
         let mut requests = Vec::new();
         for service in services {
             let mut names = BTreeSet::new();
-            for object in service.objects() {
+            for mut object in service.objects() {
                 let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                let name = name.to_owned();
                 if object["kind"] == "Service" {
-                    requests.extend(service_requests(name, object.clone()));
+                    requests.extend(service_requests(&name, object));
                 } else {
-                    names.insert(name.to_owned());
-                    requests.push(Request::apply(&format!("{SLICES}/{name}"), object.clone()));
+                    // As its controller would: it happened now.
+                    let now = Timestamp::now().to_string();
+                    object["metadata"]["annotations"] = json!({TRIGGER_TIME: now});
+                    requests.push(Request::apply(&format!("{SLICES}/{name}"), object));
+                    names.insert(name);
                 }
             }
             let before = self
@@ -220,6 +226,18 @@ impl ControlPlane {
             Request::merge(&format!("{path}/status"), status),
         ];
         self.client.send(&requests).map(drop)
+    }
+
+    /// Marks a Node as the cluster autoscaler does before it takes the machine away, or takes the mark back.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn mark_node(&self, node: &Node, is_leaving: bool) -> anyhow::Result<()> {
+        let taint = json!({"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"});
+        let taints = if is_leaving { vec![taint] } else { Vec::new() };
+        let patch = json!({"spec": {"taints": taints}});
+        let request = Request::merge(&format!("/api/v1/nodes/{}", node.name()), patch);
+        self.client.send(&[request]).map(drop)
     }
 
     /// Writes a kubeconfig for a component with all rights.

@@ -97,7 +97,7 @@ pub fn clean(
                 Message::Done => is_done = true,
             }
         }
-        carry_out(&change, &mut deletions, &mut replies, total)?;
+        carry_out(&change, family, &mut deletions, &mut replies, total)?;
         if is_done {
             return Ok(());
         }
@@ -145,6 +145,7 @@ fn delete(requests: &mut Requests, family: Family, of: Attributes<'_>) {
 
 fn carry_out(
     socket: &Socket,
+    family: Family,
     deletions: &mut Requests,
     replies: &mut [u8],
     total: &mut Cleaned,
@@ -157,7 +158,7 @@ fn carry_out(
     while let Some(messages) = socket.try_receive(replies)? {
         for message in messages {
             match message {
-                Message::Answer(0) => total.deleted += 1,
+                Message::Answer(0) => total.deleted.count(family),
                 // It has ended by itself.
                 Message::Answer(libc::ENOENT) => {}
                 Message::Answer(libc::EBUSY) => total.kept += 1,

@@ -116,7 +116,7 @@ fn stale_flows_are_deleted_and_nothing_else() {
         let cleaned = clean(&answers).unwrap();
         let expected = Cleaned {
             seen: 11_000,
-            deleted: 5_000,
+            deleted: ByFamily { v4: 5_000, v6: 0 },
             kept: 0,
         };
         assert_eq!(cleaned, expected);
@@ -128,7 +128,7 @@ fn stale_flows_are_deleted_and_nothing_else() {
         // The last endpoint goes.
         let service = udp_service("other", "10.96.0.11:53", 30054, &[]);
         let cleaned = clean(&Answers::of([&service], [])).unwrap();
-        assert_eq!(cleaned.deleted, 3_000);
+        assert_eq!(cleaned.deleted.sum(), 3_000);
     });
 }
 
@@ -154,9 +154,9 @@ fn connections_that_nobody_answers_and_nobody_translated_are_deleted_and_no_othe
         service.key.protocol = Protocol::Tcp;
         let answers = Answers::of([&service], []);
         let cleaned = clean(&answers).unwrap();
-        assert_eq!((cleaned.deleted, cleaned.kept), (5_000, 0));
+        assert_eq!((cleaned.deleted.sum(), cleaned.kept), (5_000, 0));
         let left = clean(&answers).unwrap();
-        assert_eq!(left.deleted, 0);
+        assert_eq!(left.deleted.sum(), 0);
         // The kernel keeps the answered ones to itself since 5.19.
         assert!([2_000, 5_000].contains(&left.seen), "{left:?}");
     });
@@ -294,7 +294,7 @@ fn a_client_that_keeps_its_port_reaches_the_new_endpoint() {
                 cleaner.note(Some(&name), state);
                 cleaner.clean();
                 let cleaned = cleaned.recv_timeout(Duration::from_secs(10)).unwrap();
-                cleaned.unwrap().deleted
+                cleaned.unwrap().deleted.sum()
             };
             assert_eq!(deleted(&state), 1);
             assert_eq!(ask(), "new");

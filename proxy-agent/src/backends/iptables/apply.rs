@@ -29,6 +29,7 @@ pub(super) fn apply<T: Tables>(
     plan: &Plan<Key, u64>,
     state: &DesiredState,
 ) -> Result<(), Error> {
+    backend.counts.written.clear();
     let new = sets(plan.upserts.iter().map(|(key, _)| key));
     if !new.is_empty() {
         backend.tables.create_sets(&new)?;
@@ -224,9 +225,22 @@ impl<'a, T: Tables> Attempt<'a, T> {
     /// None if it went in, else the line that was refused, if one was named.
     fn restore(&mut self, text: &Text) -> Result<Option<Option<usize>>, Error> {
         self.attempts += 1;
-        let tables = &mut self.backend.tables;
-        match tables.restore(self.family, self.table, &text.text) {
-            Ok(()) => Ok(None),
+        let backend = &mut *self.backend;
+        let result = backend.tables.restore(self.family, self.table, &text.text);
+        let counts = &mut backend.counts;
+        if result.is_err() {
+            let (all, partial) = counts.failures.entry(self.family).or_default();
+            *all += 1;
+            // Everything is planned again to bring in what was left out.
+            *partial += u64::from(!backend.retries_left_out);
+        }
+        match result {
+            Ok(()) => {
+                let rules = text.text.lines().filter(|line| line.starts_with("-A "));
+                let written = counts.written.entry((self.family, self.table)).or_default();
+                *written = rules.count();
+                Ok(None)
+            }
             Err(RestoreError::Failed(error)) => Err(error),
             Err(RestoreError::Refused { line, message }) => {
                 if self.attempts > ATTEMPTS {

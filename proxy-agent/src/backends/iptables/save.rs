@@ -49,6 +49,8 @@ pub(super) struct Saved {
     pub(super) leaves: Vec<(LeafKey, Leaf)>,
     /// kubelet's chain is there.
     pub(super) has_kubelet_firewall: bool,
+    /// How many rules our chains have.
+    pub(super) rules: usize,
 }
 
 /// One line that says something.
@@ -106,6 +108,7 @@ pub(super) fn parse(
             Line::Rule(chain, rule) => match ours(table, chain) {
                 Some(chain) => {
                     digests.entry(chain).or_default().add(rule);
+                    saved.rules += 1;
                     saved.leaves.extend(found::leaf(family, table, chain, rule));
                 }
                 None => saved.foreign(table, chain, rule, anchors),
@@ -187,6 +190,7 @@ COMMIT
             referenced: BTreeSet::from([name("KUBE-SVC-B")]),
             leaves: Vec::new(),
             has_kubelet_firewall: false,
+            rules: 2,
         };
         assert_eq!(
             parse(TEXT, Family::V4, Table::Nat, &[anchor, absent]).unwrap(),

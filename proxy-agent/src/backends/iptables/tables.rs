@@ -16,12 +16,19 @@ pub enum Table {
     Nat,
 }
 
-impl Display for Table {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Table {
+    /// As the tools call it.
+    pub fn name(self) -> &'static str {
+        match self {
             Self::Filter => "filter",
             Self::Nat => "nat",
-        })
+        }
+    }
+}
+
+impl Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 

@@ -1,11 +1,15 @@
 use std::{
     io::{Read, Write},
     net::{Ipv4Addr, Ipv6Addr, TcpStream},
+    sync::Arc,
     time::Duration,
 };
 
 use super::*;
-use crate::{health::SelfTest, sync::SyncStatus};
+use crate::{
+    health::{SelfTest, Watched},
+    sync::{Inbox, SyncStatus},
+};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -26,11 +30,8 @@ impl World {
             is_synced: true,
             ..SyncStatus::default()
         });
-        let health = Health {
-            layers: vec![layer.subscribe()],
-            self_test: watch::channel(SelfTest::Passed).1,
-            started: Instant::now().checked_sub(PATIENCE * 60).unwrap(),
-        };
+        let long_ago = Instant::now().checked_sub(PATIENCE * 60).unwrap();
+        let health = health(&layer, long_ago);
         let checks = watch::Sender::new(checks);
         let failed = Gauge::default();
         tokio::spawn(serve(checks.subscribe(), health, failed.clone()));
@@ -44,6 +45,20 @@ impl World {
     fn set(&self, services: &[(&str, u16, usize)]) {
         let services = of(services);
         self.checks.send_modify(|checks| checks.services = services);
+    }
+}
+
+fn health(layer: &watch::Sender<SyncStatus>, started: Instant) -> Health {
+    Health {
+        layers: vec![Watched {
+            status: layer.subscribe(),
+            inbox: Arc::new(Inbox::new(Gauge::default())),
+        }],
+        self_test: watch::channel(SelfTest::Passed).1,
+        eligible: watch::channel(None).1,
+        needs_no_node: true,
+        patience: Duration::from_secs(60),
+        started,
     }
 }
 
@@ -201,11 +216,7 @@ async fn an_address_that_is_gone_is_no_error_and_the_others_are_asked() {
 async fn nobody_is_answered_before_the_layers_serve() {
     let port = free_port();
     let layer = watch::Sender::new(SyncStatus::default());
-    let health = Health {
-        layers: vec![layer.subscribe()],
-        self_test: watch::channel(SelfTest::Passed).1,
-        started: Instant::now(),
-    };
+    let health = health(&layer, Instant::now());
     let checks = Checks {
         services: of(&[("default/web", port, 1)]),
         addresses: [V4].into(),
