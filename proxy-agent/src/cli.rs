@@ -118,7 +118,7 @@ pub enum Command {
     #[command(hide = true)]
     SelfTest {
         /// The cgroup to enter.
-        cgroup: PathBuf,
+        cgroup: Option<PathBuf>,
     },
     /// End connected UDP sockets of removed backends, once for each byte on standard input: a child of `run`
     #[command(hide = true)]

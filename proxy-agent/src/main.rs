@@ -55,7 +55,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Plan(plan) => debug::plan(global, plan)?,
         Command::Cleanup(cleanup) => debug::cleanup(global, cleanup)?,
         Command::SelfTest { cgroup } => {
-            daemon::self_test::connect_from(cgroup).map_err(anyhow::Error::msg)?;
+            daemon::self_test::connect_from(cgroup.as_deref()).map_err(anyhow::Error::msg)?;
             ExitCode::SUCCESS
         }
         Command::Reap => {

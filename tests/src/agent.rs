@@ -107,6 +107,11 @@ impl Agent {
         }
     }
 
+    /// One flag more, which wins over those before, from the next start on.
+    pub fn add_flag(&mut self, flag: &str) {
+        self.args.push(flag.to_owned());
+    }
+
     /// Has it follow files all the same.
     pub fn follow_manifests(&mut self, manifests: &Manifests) {
         let flag = format!("--manifests={}", manifests.dir().display());

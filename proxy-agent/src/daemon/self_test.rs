@@ -1,4 +1,7 @@
-//! Proof that the hooks translate: a socket in a cgroup below the node's connects to an address that only we know.
+//! Proof that the hooks translate: a socket in the node's cgroup, or below, connects to an address that only we know.
+//!
+//! The agent's own cgroup will do if it lies there, as a pod's does. Only else one is made for the test: in a container the
+//! node's cgroups may be read-only, and nobody moves out of his namespace of cgroups.
 //!
 //! UDP `connect()` sends no packet. It chooses a source address, though: a loopback one if the canary address was
 //! translated to the loopback backend, and something else, or an error, if not. Afterwards the peer must look like the
@@ -13,9 +16,12 @@ use std::{
 
 use nix::errno::Errno;
 
-use crate::state::{
-    Backend, BackendState, DesiredState, Family, Frontend, FrontendKind, Protocol, ServiceName,
-    ServicePort, ServiceState, TrafficPolicy,
+use crate::{
+    backends::ebpf::probe::{cgroup_root, is_root},
+    state::{
+        Backend, BackendState, DesiredState, Family, Frontend, FrontendKind, Protocol, ServiceName,
+        ServicePort, ServiceState, TrafficPolicy,
+    },
 };
 
 /// The IPv4 dummy address (RFC 7600): never assigned, never routed.
@@ -77,11 +83,33 @@ pub fn add_canary(state: &mut DesiredState) {
     }
 }
 
-/// Runs the test in a child process below `cgroup`.
+/// Runs the test in a child process in or below `cgroup`.
 ///
 /// # Errors
 /// A sentence that says what is wrong.
 pub fn run(cgroup: &Path) -> Result<(), String> {
+    match is_inside(cgroup) {
+        true => connect_by_child(None),
+        false => run_below(cgroup),
+    }
+}
+
+/// Whether this process lives in `cgroup`, or below.
+fn is_inside(cgroup: &Path) -> bool {
+    if is_root(cgroup) {
+        return true;
+    }
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+    // In a namespace of cgroups the path begins at its root: then it is too short, and never inside.
+    let own = own
+        .zip(cgroup_root().ok())
+        .map(|(own, root)| root.join(own));
+    let cgroup = cgroup.canonicalize();
+    cgroup.is_ok_and(|cgroup| own.is_some_and(|own| own.starts_with(cgroup)))
+}
+
+fn run_below(cgroup: &Path) -> Result<(), String> {
     remove_leftovers(cgroup);
     let child = cgroup.join(format!("{CHILD_PREFIX}{}", std::process::id()));
     let at = child.display();
@@ -92,14 +120,19 @@ pub fn run(cgroup: &Path) -> Result<(), String> {
         }
         Ok(()) | Err(_) => {}
     }
+    let result = connect_by_child(Some(&child));
+    // Best effort: the next self-test of this process uses it again.
+    let _ = fs::remove_dir(&child);
+    result
+}
+
+fn connect_by_child(cgroup: Option<&Path>) -> Result<(), String> {
     let result = Command::new("/proc/self/exe")
         .arg("self-test")
-        .arg(&child)
+        .args(cgroup)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .output();
-    // Best effort: the next self-test of this process uses it again.
-    let _ = fs::remove_dir(&child);
     match result {
         Err(error) => Err(format!("cannot start the self-test: {error}")),
         Ok(output) if output.status.success() => Ok(()),
@@ -138,13 +171,15 @@ fn remove_leftovers(cgroup: &Path) {
     }
 }
 
-/// The child's part: enters `cgroup` and connects.
+/// The child's part: enters `cgroup`, if one is given, and connects.
 ///
 /// # Errors
 /// A sentence that says what is wrong.
-pub fn connect_from(cgroup: &Path) -> Result<(), String> {
-    fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string())
-        .map_err(|error| format!("cannot enter the cgroup {}: {error}", cgroup.display()))?;
+pub fn connect_from(cgroup: Option<&Path>) -> Result<(), String> {
+    if let Some(cgroup) = cgroup {
+        fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string())
+            .map_err(|error| format!("cannot enter the cgroup {}: {error}", cgroup.display()))?;
+    }
     let loopback = |ip: IpAddr| SocketAddr::new(ip, PORT);
     connect(CANARY_V4, loopback(Ipv4Addr::LOCALHOST.into()))?;
     connect(CANARY_V6, loopback(Ipv6Addr::LOCALHOST.into()))
@@ -236,6 +271,16 @@ mod tests {
         fs::create_dir(&dead).unwrap();
         remove_leftovers(root.path());
         assert!(own.exists() && !dead.exists());
+    }
+
+    #[test]
+    fn this_process_is_in_the_root_of_all_cgroups_and_in_none_that_is_empty() {
+        let root = cgroup_root().unwrap();
+        assert!(is_inside(&root));
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+        assert!(is_inside(&root.join(own.unwrap())));
+        assert!(!is_inside(Path::new("/proc")) && !is_inside(Path::new("/nonexistent")));
     }
 
     #[test]

@@ -127,3 +127,33 @@ fn without_manifests_the_agent_says_what_is_missing() {
         Ok(())
     });
 }
+
+/// As in a pod that is not privileged: what is mounted at the usual place begins at the container's own cgroup.
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_containers_own_part_of_the_cgroups_is_not_taken_for_the_nodes() {
+    in_family("part", false, &[], |s| {
+        let root = proxy_tests::names::cgroup2_root()?;
+        let root = root.display();
+        let node = s.topology.state_dir().join("node-cgroup");
+        fs::create_dir(&node)?;
+        let node = node.display();
+        let own = format!("umount -l {root}; mount -t cgroup2 none {root}");
+        let agent = proxy_tests::agent::agent_binary()?;
+        for (preparation, expected) in [
+            (own.clone(), "only a part of the node's cgroup v2 hierarchy"),
+            (
+                format!("mount --bind {root} {node}; {own}"),
+                "this node can run it",
+            ),
+        ] {
+            let mut command = s.agent.place().command("unshare")?;
+            let script = format!("{preparation}; exec \"$@\"");
+            command.args(["--mount", "--cgroup", "sh", "-e", "-c", &script, "sh"]);
+            let output = command.arg(&agent).arg("check").output()?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            ensure!(text.contains(expected), "{preparation}: {output:?}");
+        }
+        Ok(())
+    });
+}

@@ -53,10 +53,13 @@ fn goes_on(s: &Scenario) -> anyhow::Result<()> {
 fn a_cgroup_that_takes_no_child_keeps_the_node_unready_until_it_does() {
     in_family("no-child-cgroup", false, &[], |s| {
         s.agent.stop()?;
-        let limit = s.a.cgroup().join("cgroup.max.descendants");
+        // The agent lives outside of it: it needs a child there to test from.
+        let served = s.client.place().cgroup.clone();
+        let limit = served.join("cgroup.max.descendants");
         fs::write(&limit, "0")?;
+        let cgroup = served.display().to_string();
+        s.agent.add_flag(&format!("--cgroup={cgroup}"));
         s.agent.spawn()?;
-        let cgroup = s.a.cgroup().display().to_string();
         wait_unready(s, &["cannot make the cgroup", &cgroup, "max.descendants"])?;
         goes_on(s)?;
         fs::write(&limit, "max")?;

@@ -2,11 +2,12 @@
 
 use std::{
     fmt, fs,
-    os::unix::net::UnixDatagram,
+    os::unix::{fs::MetadataExt as _, net::UnixDatagram},
     path::{Path, PathBuf},
 };
 
 use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::{
     dir, kernel,
@@ -203,33 +204,40 @@ fn lacking(capabilities: u64) -> Option<String> {
 /// None is mounted.
 pub fn cgroup_root() -> Result<PathBuf, Error> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    cgroup_root_in(&mounts).ok_or_else(|| {
-        Error::Unusable(
+    let mut found = cgroups_in(&mounts).peekable();
+    if found.peek().is_none() {
+        return Err(Error::Unusable(
             "no cgroup v2 hierarchy is mounted; `mount -t cgroup2 none /sys/fs/cgroup/unified` mounts one beside v1, or boot \
              with systemd.unified_cgroup_hierarchy=1"
+                .to_owned(),
+        ));
+    }
+    found.find(|point| is_root(point)).ok_or_else(|| {
+        Error::Unusable(
+            "only a part of the node's cgroup v2 hierarchy is mounted here, the container's own: mount the host's \
+             /sys/fs/cgroup into it, wherever you like, with the mounts below"
                 .to_owned(),
         )
     })
 }
 
-/// mountinfo: id, parent, device, root, mount point, options, optional fields, "-", type, source, options
-/// (proc_pid_mountinfo(5)).
-fn cgroup_root_in(mounts: &str) -> Option<PathBuf> {
-    let found: Vec<(&str, &str)> = mounts
-        .lines()
-        .filter_map(|line| {
-            let (before, after) = line.split_once(" - ")?;
-            let mut fields = before.split(' ').skip(3);
-            let (root, point) = (fields.next()?, fields.next()?);
-            (after.split(' ').next()? == "cgroup2").then_some((root, point))
-        })
-        .collect();
-    // A bind mount of a part of the hierarchy shows that part as its root.
-    let whole = found
-        .iter()
-        .find(|(root, _)| *root == "/")
-        .or(found.first())?;
-    Some(PathBuf::from(whole.1.replace("\\040", " ")))
+/// Whether it is the root of the whole hierarchy, and not of a namespace's part of it: that has the first inode
+/// (kernfs_init_root_kobj and idr of fs/kernfs/dir.c, `kernfs_create_root`).
+pub fn is_root(cgroup: &Path) -> bool {
+    const ROOT: u64 = 1;
+    let is_cgroup = statfs(cgroup).is_ok_and(|of| of.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    is_cgroup && fs::metadata(cgroup).is_ok_and(|root| root.ino() == ROOT)
+}
+
+/// Where cgroup v2 hierarchies, or parts of them, are mounted. mountinfo: id, parent, device, root, mount point, options,
+/// optional fields, "-", type, source, options (proc_pid_mountinfo(5)).
+fn cgroups_in(mounts: &str) -> impl Iterator<Item = PathBuf> {
+    mounts.lines().filter_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let point = before.split(' ').nth(4)?;
+        let is_cgroup = after.split(' ').next()? == "cgroup2";
+        is_cgroup.then(|| PathBuf::from(point.replace("\\040", " ")))
+    })
 }
 
 /// Cookie of the network namespace that the agent runs in; 0 when the kernel cannot tell.
@@ -275,17 +283,20 @@ mod tests {
     }
 
     #[test]
-    fn the_cgroup_hierarchy_is_found_beside_v1_controllers() {
+    fn cgroup_hierarchies_are_found_beside_v1_controllers() {
         let mounts = "\
 24 30 0:22 / /proc rw - proc proc rw
 31 24 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw
 40 31 0:29 /pod /mnt/part rw shared:2 - cgroup2 cgroup2 rw
 41 31 0:29 / /sys/fs/cgroup/unified rw,relatime shared:9 master:1 - cgroup2 cgroup2 rw
 ";
+        let found: Vec<PathBuf> = cgroups_in(mounts).collect();
         assert_eq!(
-            cgroup_root_in(mounts),
-            Some("/sys/fs/cgroup/unified".into())
+            found,
+            ["/mnt/part", "/sys/fs/cgroup/unified"].map(PathBuf::from)
         );
-        assert_eq!(cgroup_root_in("24 30 0:22 / /proc rw - proc proc rw"), None);
+        assert!(cgroup_root().is_ok_and(|root| is_root(&root)));
+        // Its first inode is another hierarchy's.
+        assert!(!is_root(Path::new("/proc")));
     }
 }
