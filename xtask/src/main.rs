@@ -2,6 +2,7 @@
 
 mod arch;
 mod build;
+mod image;
 mod layers;
 mod lint;
 mod needs;
@@ -35,6 +36,12 @@ enum Task {
         /// Also the agent of the next ABI, which the upgrade tests need.
         #[arg(long)]
         next: bool,
+    },
+    /// Build the container image, without Docker: an OCI layout and a tar of it, with the agent and iptables inside.
+    Image {
+        /// Its name, with the tag [default: localhost/proxy-agent:VERSION].
+        #[arg(long)]
+        name: Option<String>,
     },
     /// Say what this machine lacks for building, testing and the demo, and the commands that bring it.
     Check {
@@ -81,6 +88,7 @@ fn main() -> ExitCode {
     let workspace = process::Workspace::find();
     let done = match Cli::parse().command {
         Task::Build { release, next } => build::run(&workspace, release, next),
+        Task::Image { name } => image::run(&workspace, name.as_deref()),
         Task::Check { fix } => remedy::check(&workspace, fix),
         Task::Test { filter, level } => test::run(&workspace, level, filter.as_deref()),
         Task::Tools => tools::run(&workspace),
