@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use flate2::{Compression, write::GzEncoder};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tar::{Builder, EntryType, Header};
+use tar::{Archive, Builder, EntryType, Header};
 
 use crate::{
     build::{self, Abi},
@@ -68,6 +68,22 @@ pub fn run(workspace: &Workspace, name: Option<&str>) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Unpacks what the image with this agent would hold, for tests; says where.
+///
+/// # Errors
+/// A tool is missing, or the folder cannot be written.
+pub fn unpack(workspace: &Workspace, agent: &Path) -> Result<PathBuf> {
+    let folder = workspace.target("image/rootfs");
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    for tree in [tools()?, own(agent)] {
+        Archive::new(pack(&tree)?.as_slice()).unpack(&folder)?;
+    }
+    Ok(folder)
 }
 
 fn mebibytes(bytes: usize) -> String {
@@ -291,7 +307,15 @@ fn tools() -> Result<Tree> {
         }
     }
     // Mounted over, or made at run time.
-    for folder in ["etc", "proc", "run", "sys", "tmp", "var/lib/kube-proxy"] {
+    for folder in [
+        "dev",
+        "etc",
+        "proc",
+        "run",
+        "sys",
+        "tmp",
+        "var/lib/kube-proxy",
+    ] {
         add(&mut tree, folder, Entry::Folder);
     }
     Ok(tree)

@@ -13,6 +13,7 @@ use clap::ValueEnum;
 
 use crate::{
     build::{self, Abi},
+    image,
     needs::Purpose,
     process::{self, Workspace},
     remedy, tools,
@@ -78,6 +79,11 @@ pub fn run(workspace: &Workspace, level: Level, filter: Option<&str>) -> Result<
     }
     if level.needs_root() {
         let built = build::agents(workspace, &[Abi::Current, Abi::Next], false)?;
+        if level.needs_kubernetes()
+            && let Some(agent) = built.first()
+        {
+            variables.push(("PROXY_ROOTFS", image::unpack(workspace, agent)?));
+        }
         variables.extend(["PROXY_AGENT", "PROXY_AGENT_NEXT"].into_iter().zip(built));
         process::run(
             workspace

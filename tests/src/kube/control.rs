@@ -253,10 +253,28 @@ impl ControlPlane {
     /// # Errors
     /// It cannot be written.
     pub fn kubeconfig_of(&self, token: &str) -> anyhow::Result<PathBuf> {
+        let cluster = json!({"server": self.client.server, "insecure-skip-tls-verify": true});
+        self.write_kubeconfig(token, &cluster)
+    }
+
+    /// The same for an API server that is reached at this address, and has to prove who it is.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn kubeconfig_at(&self, token: &str, server: &str) -> anyhow::Result<PathBuf> {
+        let cluster = json!({
+            "server": server,
+            "certificate-authority": self.dir.join("certs/apiserver.crt"),
+            "tls-server-name": "kubernetes.default.svc",
+        });
+        self.write_kubeconfig(token, &cluster)
+    }
+
+    fn write_kubeconfig(&self, token: &str, cluster: &Value) -> anyhow::Result<PathBuf> {
         let config = json!({
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "c", "cluster": {"server": self.client.server, "insecure-skip-tls-verify": true}}],
+            "clusters": [{"name": "c", "cluster": cluster}],
             "users": [{"name": "u", "user": {"token": token}}],
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
             "current-context": "x",

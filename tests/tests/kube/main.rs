@@ -6,5 +6,6 @@ mod beside;
 mod cleanup;
 mod cluster;
 mod config;
+mod pod;
 mod source;
 mod swap;
