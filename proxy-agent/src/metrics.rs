@@ -80,6 +80,9 @@ macro_rules! metrics {
             }
         }
 
+        #[cfg(test)]
+        const NAMES: &[&str] = &[$($name),*];
+
         impl Metrics {
             fn register(&self, registry: &mut Registry) {
                 $(registry.register($name, $help.trim(), self.$field.clone());)*
@@ -324,6 +327,36 @@ mod tests {
                 text.lines().any(|found| found == line),
                 "no {line:?} in\n{text}"
             );
+        }
+    }
+
+    #[test]
+    fn the_dashboard_and_the_alerts_ask_for_nothing_that_is_not_there() {
+        let own = NAMES.iter().map(|name| format!("proxy_agent_{name}"));
+        let kube_proxys = kube_proxy::NAMES.iter();
+        let kube_proxys = kube_proxys.map(|name| format!("kubeproxy_{name}"));
+        let process = ["cpu_seconds", "resident_memory_bytes"];
+        let process = process.map(|name| format!("process_{name}"));
+        let known: Vec<String> = own.chain(kube_proxys).chain(process).collect();
+        let files = [
+            include_str!("../../deploy/monitoring/dashboard.json"),
+            include_str!("../../deploy/monitoring/alerts.yaml"),
+        ];
+        for file in files {
+            let words = file.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            let asked = words.filter(|word| {
+                let mut prefixes = ["proxy_agent_", "kubeproxy_", "process_"].iter();
+                prefixes.any(|prefix| word.starts_with(prefix))
+            });
+            let mut count = 0;
+            for name in asked {
+                let ends = ["", "_bucket", "_total"].iter();
+                let mut bases = ends.filter_map(|end| name.strip_suffix(end));
+                let is_known = bases.any(|base| known.iter().any(|known| known == base));
+                assert!(is_known, "no {name} in {known:?}");
+                count += 1;
+            }
+            assert!(count > 5, "{count}");
         }
     }
 }

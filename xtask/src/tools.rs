@@ -36,7 +36,7 @@ struct Tool {
 /// Built from the module alone a component does not know its version.
 const VERSION: &str = "-X k8s.io/component-base/version.gitVersion=v1.36.3";
 
-const TOOLS: [Tool; 3] = [
+const TOOLS: [Tool; 4] = [
     Tool {
         name: "kube-proxy",
         module: "kubernetes",
@@ -47,6 +47,12 @@ const TOOLS: [Tool; 3] = [
         name: "kube-apiserver",
         module: "kubernetes",
         package: "k8s.io/kubernetes/cmd/kube-apiserver",
+        flags: VERSION,
+    },
+    Tool {
+        name: "kubectl",
+        module: "kubernetes",
+        package: "k8s.io/kubernetes/cmd/kubectl",
         flags: VERSION,
     },
     Tool {

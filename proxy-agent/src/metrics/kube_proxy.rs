@@ -84,6 +84,9 @@ macro_rules! metrics {
             }
         }
 
+        #[cfg(test)]
+        pub(super) const NAMES: &[&str] = &[$($name),*];
+
         impl KubeProxyMetrics {
             pub(super) fn register(&self, registry: &mut Registry) {
                 $(registry.register($name, concat!("[ALPHA] ", $help), self.$field.clone());)*

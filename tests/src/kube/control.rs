@@ -110,6 +110,8 @@ impl ControlPlane {
                 ])
                 .args(["--service-node-port-range", "20000-32767"])
                 .args(["--disable-admission-plugins", "ServiceAccount"])
+                // As kubeadm has it.
+                .arg("--allow-privileged")
                 .args(["--max-requests-inflight", "3000"])
                 .args(["--max-mutating-requests-inflight", "2000"])
                 .args(more);

@@ -6,6 +6,7 @@ mod beside;
 mod cleanup;
 mod cluster;
 mod config;
+mod deploy;
 mod pod;
 mod source;
 mod swap;

@@ -20,7 +20,7 @@ use crate::cluster::{Cluster, assert_none_failed};
 
 const NAME: &str = "api.example.test";
 /// Those of deploy/base/daemonset.yaml.
-const CAPABILITIES: [&str; 7] = [
+pub const CAPABILITIES: [&str; 7] = [
     "bpf",
     "net_admin",
     "net_raw",

@@ -1,0 +1,167 @@
+//! The manifests below `deploy/`: kubectl builds them, and a real API server takes them, every field known to it.
+
+use std::{collections::BTreeSet, fs, path::PathBuf, process::Output};
+
+use anyhow::{Context, ensure};
+use proxy_tests::kube::{Variant, tool};
+use serde_json::{Value, json};
+
+use crate::{cluster::Cluster, pod::CAPABILITIES};
+
+const FOLDERS: [&str; 6] = [
+    "overlays/kubeadm",
+    "overlays/standalone",
+    "overlays/k3s",
+    "overlays/migration",
+    "cleanup/own",
+    "cleanup/kube-proxy",
+];
+
+fn deploy(path: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "..", "deploy", path]
+        .iter()
+        .collect()
+}
+
+/// kubectl as the cluster's administrator: what it printed.
+fn kubectl(c: &Cluster, args: &[&str]) -> anyhow::Result<String> {
+    let kubeconfig = c.control.kubeconfig()?;
+    let mut command = c.scenario.a.place().command(tool("kubectl")?)?;
+    command.arg("--kubeconfig").arg(kubeconfig).args(args);
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command.output()?;
+    let said = String::from_utf8_lossy(&stderr);
+    ensure!(status.success(), "kubectl {args:?}: {said}");
+    Ok(String::from_utf8(stdout)?)
+}
+
+fn daemonset(c: &Cluster, name: &str) -> anyhow::Result<Value> {
+    let text = kubectl(
+        c,
+        &[
+            "--namespace=kube-system",
+            "get",
+            "daemonset",
+            name,
+            "--output=json",
+        ],
+    )?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+#[test]
+#[ignore = "needs root"]
+fn every_overlay_is_applied_as_its_users_would() {
+    Cluster::run("deploy", Variant::Nft, &[], |c| {
+        for folder in FOLDERS {
+            let folder = deploy(folder);
+            let folder = folder.display().to_string();
+            let file = |verb| kubectl(c, &[verb, "--validate=strict", "--kustomize", &folder]);
+            file("apply").with_context(|| folder.clone())?;
+            kubectl(c, &["delete", "--kustomize", &folder])?;
+        }
+        let base = deploy("overlays/kubeadm").display().to_string();
+        kubectl(c, &["apply", "--kustomize", &base])?;
+        let pod = &daemonset(c, "proxy-agent")?["spec"]["template"]["spec"];
+        let added = &pod["containers"][0]["securityContext"]["capabilities"]["add"];
+        let added: Vec<String> = serde_json::from_value(added.clone())?;
+        let tested = CAPABILITIES.map(str::to_uppercase);
+        assert_eq!(added, tested, "what the pod gets is what is tested");
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_swap_changes_the_image_and_adds_mounts_and_nothing_else() {
+    Cluster::run("deploy-swap", Variant::Nft, &[], |c| {
+        let before = kubeadms_daemonset();
+        let file = c.scenario.topology.state_dir().join("kube-proxy.json");
+        fs::write(&file, before.to_string())?;
+        kubectl(c, &["apply", "--filename", &file.display().to_string()])?;
+        let mut before = daemonset(c, "kube-proxy")?["spec"]["template"]["spec"].clone();
+        let patch = deploy("overlays/kubeadm/swap.yaml").display().to_string();
+        let target = [
+            "--namespace=kube-system",
+            "patch",
+            "daemonset",
+            "kube-proxy",
+        ];
+        kubectl(c, &[&target[..], &["--patch-file", &patch]].concat())?;
+        let mut after = daemonset(c, "kube-proxy")?["spec"]["template"]["spec"].clone();
+
+        let container = &mut after["containers"][0];
+        ensure!(
+            container["image"] == "localhost/proxy-agent:0.1.0",
+            "{container}"
+        );
+        container["image"] = before["containers"][0]["image"].clone();
+        let entries = |list: Value| -> BTreeSet<String> {
+            let list = list.as_array().into_iter().flatten();
+            list.map(Value::to_string).collect()
+        };
+        let take = |spec: &mut Value| {
+            let mounts = entries(spec["containers"][0]["volumeMounts"].take());
+            (mounts, entries(spec["volumes"].take()))
+        };
+        let (mounts_before, volumes_before) = take(&mut before);
+        let (mounts, volumes) = take(&mut after);
+        for (after, before) in [(mounts, mounts_before), (volumes, volumes_before)] {
+            ensure!(after.is_superset(&before), "{before:#?} {after:#?}");
+            ensure!(after.len() == before.len() + 3, "{after:#?}");
+        }
+        assert_eq!(after, before);
+        Ok(())
+    });
+}
+
+/// As kubeadm makes it (cmd/kubeadm/app/phases/addons/proxy/manifests.go, v1.36).
+fn kubeadms_daemonset() -> Value {
+    let labels = json!({"k8s-app": "kube-proxy"});
+    let command = [
+        "/usr/local/bin/kube-proxy",
+        "--config=/var/lib/kube-proxy/config.conf",
+        "--hostname-override=$(NODE_NAME)",
+    ];
+    let container = json!({
+        "name": "kube-proxy",
+        "image": "registry.k8s.io/kube-proxy:v1.36.3",
+        "imagePullPolicy": "IfNotPresent",
+        "command": command,
+        "env": [{"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}],
+        "securityContext": {"privileged": true},
+        "volumeMounts": [
+            {"name": "kube-proxy", "mountPath": "/var/lib/kube-proxy"},
+            {"name": "xtables-lock", "mountPath": "/run/xtables.lock"},
+            {"name": "lib-modules", "mountPath": "/lib/modules", "readOnly": true},
+        ],
+    });
+    json!({
+        "apiVersion": "apps/v1",
+        "kind": "DaemonSet",
+        "metadata": {"name": "kube-proxy", "namespace": "kube-system", "labels": labels},
+        "spec": {
+            "selector": {"matchLabels": labels},
+            "updateStrategy": {"type": "RollingUpdate"},
+            "template": {
+                "metadata": {"labels": labels},
+                "spec": {
+                    "priorityClassName": "system-node-critical",
+                    "containers": [container],
+                    "hostNetwork": true,
+                    "serviceAccountName": "kube-proxy",
+                    "volumes": [
+                        {"name": "kube-proxy", "configMap": {"name": "kube-proxy"}},
+                        {"name": "xtables-lock", "hostPath": {"path": "/run/xtables.lock", "type": "FileOrCreate"}},
+                        {"name": "lib-modules", "hostPath": {"path": "/lib/modules"}},
+                    ],
+                    "tolerations": [{"operator": "Exists"}],
+                    "nodeSelector": {"kubernetes.io/os": "linux"},
+                },
+            },
+        },
+    })
+}
