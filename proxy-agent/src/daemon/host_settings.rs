@@ -16,6 +16,8 @@ const NETFILTER: &str = "proc/sys/net/netfilter";
 const HASH_SIZE: &str = "sys/module/nf_conntrack/parameters/hashsize";
 const CPUS: &str = "sys/devices/system/cpu/online";
 const OOM_SCORE: &str = "proc/self/oom_score_adj";
+/// What kubelet gives pods of the priority system-node-critical (pkg/kubelet/qos/policy.go, v1.36).
+const OF_CRITICAL_PODS: i16 = -997;
 /// Entries of connection tracking for each bucket of its hash table.
 const ENTRIES_PER_BUCKET: u64 = 4;
 
@@ -122,11 +124,19 @@ impl HostFiles<'_> {
         })
     }
 
-    /// kube-proxy writes it whatever it was.
+    /// kube-proxy writes it whatever it was. Lowering it takes CAP_SYS_RESOURCE, which a pod need not have for this: kubelet
+    /// protects a critical one nearly as well.
     fn oom_score(&mut self, score: i16) {
         let path = self.root.join(OOM_SCORE);
-        if let Err(error) = fs::write(&path, score.to_string()) {
-            self.tell(&path, &score.to_string(), &error);
+        let before = fs::read_to_string(&path).unwrap_or_default();
+        match fs::write(&path, score.to_string()) {
+            Ok(()) => {}
+            Err(_) if is_protected_by_kubelet(&before) => tracing::info!(
+                oom_score_adj = before.trim(),
+                wanted = score,
+                "kubelet protects this process from the want of memory"
+            ),
+            Err(error) => self.tell(&path, &score.to_string(), &error),
         }
     }
 
@@ -151,6 +161,11 @@ impl HostFiles<'_> {
         let online = fs::read_to_string(self.root.join(CPUS)).unwrap_or_default();
         count(online.trim()).max(1)
     }
+}
+
+fn is_protected_by_kubelet(oom_score_adj: &str) -> bool {
+    let score = oom_score_adj.trim().parse();
+    score.is_ok_and(|score: i16| score <= OF_CRITICAL_PODS)
 }
 
 fn read_number(path: &PathBuf) -> io::Result<u64> {

@@ -179,3 +179,17 @@ fn a_limit_that_an_administrator_took_away_stays_away() {
         ("0", "16384")
     );
 }
+
+#[test]
+fn a_pod_that_kubelet_protects_needs_no_right_to_protect_itself() {
+    let expected = [
+        ("-997\n", true),
+        ("-1000\n", true),
+        ("-996\n", false),
+        ("0\n", false),
+        ("", false),
+    ];
+    for (found, is_protected) in expected {
+        assert_eq!(is_protected_by_kubelet(found), is_protected, "{found:?}");
+    }
+}
