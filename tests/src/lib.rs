@@ -8,6 +8,7 @@ pub mod agent;
 pub mod bench;
 pub mod bystander;
 pub mod demo;
+pub mod differential;
 pub mod flannel;
 pub mod flows;
 pub mod foreign;

@@ -57,6 +57,15 @@ enum Task {
         #[arg(long, value_enum, default_value = "all")]
         level: test::Level,
     },
+    /// Compare random Services with the real kube-proxy, seed after seed.
+    FuzzDiff {
+        /// For how long.
+        #[arg(long, default_value_t = 30)]
+        minutes: u64,
+        /// The first seed; 1 and 2 are those of the tests.
+        #[arg(long, default_value_t = 3)]
+        seed: u64,
+    },
     /// Find or build the Kubernetes components that the tests run, and say where they are.
     Tools,
     /// Make a small cluster of network namespaces and show the kernel balancing real traffic in it.
@@ -91,6 +100,7 @@ fn main() -> ExitCode {
         Task::Image { name } => image::run(&workspace, name.as_deref()),
         Task::Check { fix } => remedy::check(&workspace, fix),
         Task::Test { filter, level } => test::run(&workspace, level, filter.as_deref()),
+        Task::FuzzDiff { minutes, seed } => test::fuzz_diff(&workspace, minutes, seed),
         Task::Tools => tools::run(&workspace),
         Task::Demo { keep, remove } => test::demo(&workspace, keep, remove),
         Task::Bench { name } => test::bench(&workspace, &name),

@@ -6,6 +6,7 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
@@ -19,6 +20,8 @@ use crate::{
     remedy, tools,
 };
 
+/// Environment variable with the seed of the tests that compare random Services.
+const SEED: &str = "PROXY_SEED";
 /// The package with the scenarios, the demo and the benches.
 const PACKAGE: &str = "proxy-tests";
 /// The benches whose other side is the real kube-proxy.
@@ -111,6 +114,25 @@ pub fn run(workspace: &Workspace, level: Level, filter: Option<&str>) -> Result<
     } else {
         bail!("tests failed: {}", failed.join("; "))
     }
+}
+
+/// `cargo xtask fuzz-diff`: one seed after the other until the time is over or one fails, which has named itself.
+///
+/// # Errors
+/// Services of a seed are answered otherwise than by kube-proxy, or the machine cannot run it.
+pub fn fuzz_diff(workspace: &Workspace, minutes: u64, first: u64) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(60 * minutes);
+    let mut seed = first;
+    while Instant::now() < end {
+        println!("seed {seed}");
+        let mut again = workspace.command(std::env::current_exe()?);
+        again.args(["test", "--level", "kube", "random"]);
+        again.env(SEED, seed.to_string());
+        process::run(&mut again).with_context(|| format!("seed {seed}"))?;
+        seed += 1;
+    }
+    println!("seeds {first} to {}: all the same", seed - 1);
+    Ok(())
 }
 
 /// One run of `cargo test`.

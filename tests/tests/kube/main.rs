@@ -7,6 +7,7 @@ mod cleanup;
 mod cluster;
 mod config;
 mod deploy;
+mod differential;
 mod pod;
 mod source;
 mod swap;
