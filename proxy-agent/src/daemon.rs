@@ -208,9 +208,11 @@ async fn serve(
     let statuses = || layers.iter().map(LayerThread::status);
     let (cgroup, reaper_ended) = sockets.unzip();
     let (tested, self_test) = watch::channel(SelfTest::default());
+    let (troubled, trouble) = watch::channel(None);
     let health = Health {
         layers: layers.iter().map(LayerThread::watched).collect(),
         self_test,
+        trouble,
         eligible: feeds.eligible(),
         needs_no_node: matches!(origin, Origin::Manifests(_)),
         patience: 2 * args.layers.packet.iptables_sync_period,
@@ -222,7 +224,7 @@ async fn serve(
     let result = tokio::select! {
         () = follow(received, &feeds) => Err(Error::Ended("sources")),
         () = until_one_is_gone(statuses().collect()) => Err(Error::Ended("layer")),
-        () = count_broken(broken, &metrics) => Err(Error::Ended("source of Services")),
+        () = count_broken(broken, &troubled, &metrics) => Err(Error::Ended("source of Services")),
         () = after_the_first_syncs(statuses().collect(), cgroup.as_deref(), tested, former) => Err(Error::Ended("self-test")),
         unbound = health => Err(unbound.into()),
         unbound = metering => Err(unbound.into()),
@@ -333,8 +335,13 @@ async fn until_ended(reaper: Option<oneshot::Receiver<std::io::Result<ExitStatus
     }
 }
 
-/// The source logs what is wrong; here it is counted: what is, and what came up.
-async fn count_broken(mut broken: watch::Receiver<Vec<sources::Problem>>, metrics: &Metrics) {
+/// The source logs what is wrong; here it is counted: what is, and what came up. The first of it is for who asks why the node is
+/// not ready.
+async fn count_broken(
+    mut broken: watch::Receiver<Vec<sources::Problem>>,
+    troubled: &watch::Sender<Option<String>>,
+    metrics: &Metrics,
+) {
     let mut before = Vec::new();
     loop {
         let now = broken.borrow_and_update().clone();
@@ -346,6 +353,7 @@ async fn count_broken(mut broken: watch::Receiver<Vec<sources::Problem>>, metric
         metrics
             .source_problems
             .set(i64::try_from(now.len()).unwrap_or(i64::MAX));
+        troubled.send_replace(now.first().map(ToString::to_string));
         before = now;
         if broken.changed().await.is_err() {
             return;

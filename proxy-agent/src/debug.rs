@@ -261,14 +261,24 @@ pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error>
         }
     }
     if let Ok(origin) = daemon::place::origin(&args.sources) {
-        let desired = desired::read(global, &args.sources, &origin)?;
-        findings.extend(check::sources(&desired));
-        if has_sockets {
-            findings.push(check::drift(&rehearse::sockets(maps.as_ref(), &desired)?));
-        }
-        if choice.is_ok() {
-            let packets = rehearse::packets(&args.sources, &args.layers, has_sockets, &desired)?;
-            findings.push(check::drift(&packets));
+        match desired::read(global, &args.sources, &origin) {
+            Ok(desired) => {
+                findings.extend(check::sources(&desired));
+                if has_sockets {
+                    findings.push(check::drift(&rehearse::sockets(maps.as_ref(), &desired)?));
+                }
+                if choice.is_ok() {
+                    let packets =
+                        rehearse::packets(&args.sources, &args.layers, has_sockets, &desired)?;
+                    findings.push(check::drift(&packets));
+                }
+            }
+            // What was found of the node is worth printing all the same.
+            Err(silent @ Error::Silent { .. }) => {
+                let missing = check::State::Missing;
+                findings.push(check::Finding::new("source", missing, silent.to_string()));
+            }
+            Err(error) => return Err(error),
         }
     }
     let findings = check::Findings(findings);

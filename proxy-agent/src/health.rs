@@ -57,6 +57,8 @@ pub struct Health {
     pub layers: Vec<Watched>,
     /// Self-test of the socket layer; passed where there is none.
     pub self_test: watch::Receiver<SelfTest>,
+    /// What is wrong with the source of Services, if anything is.
+    pub trouble: watch::Receiver<Option<String>>,
     /// Whether the Node is one that load balancers may send traffic; none while there has been no Node.
     pub eligible: watch::Receiver<Option<bool>>,
     /// Without a Node, the node may get traffic: the source of Services need not have one.
@@ -73,11 +75,15 @@ impl Health {
         for layer in &self.layers {
             let status = layer.status.borrow();
             if !status.is_synced {
-                let why = status.last_error.as_deref();
+                let trouble = self.trouble.borrow();
+                let why = match (&status.last_error, &*trouble) {
+                    (Some(error), _) => error.clone(),
+                    (None, Some(trouble)) => format!("waiting for the sources: {trouble}"),
+                    (None, None) => "waiting for the sources".to_owned(),
+                };
+                let layer = status.layer;
                 return Some(format!(
-                    "the {} layer has had no complete sync yet: {}",
-                    status.layer,
-                    why.unwrap_or("waiting for the sources")
+                    "the {layer} layer has had no complete sync yet: {why}"
                 ));
             }
         }
@@ -280,6 +286,7 @@ mod tests {
         Health {
             layers: [sockets, packets].map(watched).into(),
             self_test,
+            trouble: watch::channel(None).1,
             eligible: watch::channel(Some(true)).1,
             needs_no_node: false,
             patience: Duration::from_secs(60),
@@ -325,6 +332,11 @@ mod tests {
         ] {
             assert_eq!(health(status, test, now).unready().as_deref(), expected);
         }
+        let mut health = health(starting(), SelfTest::Passed, now);
+        health.trouble = watch::channel(Some("no answer".to_owned())).1;
+        let expected =
+            "the packet layer has had no complete sync yet: waiting for the sources: no answer";
+        assert_eq!(health.unready().as_deref(), Some(expected));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use proxy_tests::{
+    agent::HEALTHZ,
     kube::{KUBE_PROXY, NOBODY, Variant},
     wait_for,
 };
@@ -74,8 +75,27 @@ fn without_the_api_server_all_goes_on_and_afterwards_what_was_missed_is_made_goo
         // A new agent finds what the kernel holds, and deletes nothing.
         c.scenario.agent.kill9()?;
         c.scenario.agent.spawn()?;
-        c.scenario.agent.wait_log("following the API server")?;
+        wait_for("the new agent says what it waits for", RECOVERY, || {
+            let (status, body) = c.scenario.agent.place().http_get(HEALTHZ, "/readyz")?;
+            ensure!(
+                status == 503 && body.contains("waiting for the sources: "),
+                "{status} {body}"
+            );
+            Ok(())
+        })?;
         c.wait_served_by(&[&near])?;
+        // What is known of the node is told all the same.
+        let kubeconfig = c.control.kubeconfig_of(KUBE_PROXY)?.display().to_string();
+        let checked = c
+            .scenario
+            .agent
+            .run(&["check", "--kubeconfig", &kubeconfig])?;
+        let text = String::from_utf8_lossy(&checked.stdout);
+        ensure!(checked.status.code() == Some(1), "{checked:?}");
+        ensure!(
+            text.contains("packet layer") && text.contains("has not said within"),
+            "{text}"
+        );
         c.control.start_api(&[])?;
         c.scenario.agent.wait_ready_within(RECOVERY)?;
         c.apply(&[&far])?;

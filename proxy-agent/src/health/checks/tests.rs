@@ -55,6 +55,7 @@ fn health(layer: &watch::Sender<SyncStatus>, started: Instant) -> Health {
             inbox: Arc::new(Inbox::new(Gauge::default())),
         }],
         self_test: watch::channel(SelfTest::Passed).1,
+        trouble: watch::channel(None).1,
         eligible: watch::channel(None).1,
         needs_no_node: true,
         patience: Duration::from_secs(60),

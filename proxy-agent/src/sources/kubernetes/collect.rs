@@ -214,8 +214,10 @@ impl Collector {
         let api = changes
             .iter()
             .find(|(name, _)| name.as_str() == API_SERVICE);
-        if let Some((_, Some(service))) = api {
-            let mut ips = service.cluster_ips.iter();
+        if let Some((_, service)) = api {
+            let mut ips = service
+                .iter()
+                .flat_map(|service| service.cluster_ips.iter());
             self.is_circular = ips.any(|ip| Some(*ip) == self.server);
         }
         self.objects.services.extend(changes);

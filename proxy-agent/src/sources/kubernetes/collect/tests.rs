@@ -237,6 +237,9 @@ fn an_api_server_that_is_reached_by_its_service_is_told() {
         problem.contains("give its own address with --master"),
         "{problem}"
     );
+    let event = event_of(Event::Delete(service("kubernetes", 443)));
+    collector.take(Item::Service(event));
+    assert_eq!(collector.problems(), []);
 }
 
 #[test]
