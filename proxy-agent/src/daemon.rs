@@ -30,7 +30,6 @@ use crate::{
     metrics::{Metrics, Voice},
     model::Update,
     sources::{self, Origin, node},
-    state::NodePortAddresses,
     sync::SyncStatus,
 };
 
@@ -164,15 +163,12 @@ pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
 /// # Errors
 /// One could not be made.
 pub fn initialise(args: &Run) -> Result<(), Error> {
-    let failed = host_settings::make(&args.host, Path::new("/"));
-    let packet = &args.layers.packet;
-    let node_ports = NodePortAddresses::new(&args.sources.nodeport_addresses);
+    let mut failed = host_settings::make(&args.host, Path::new("/"));
     if args.layers.mode() == Mode::Iptables
-        && packet.iptables_localhost_nodeports
-        && node_ports.contain_loopback()
+        && packet::wants_route_localnet(&args.sources, &args.layers.packet)
         && !packet::route_localnet()
     {
-        return Err(Error::Settings(failed + 1));
+        failed += 1;
     }
     match failed {
         0 => Ok(()),

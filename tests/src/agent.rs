@@ -114,8 +114,7 @@ impl Agent {
 
     /// Has it follow files all the same.
     pub fn follow_manifests(&mut self, manifests: &Manifests) {
-        let flag = format!("--manifests={}", manifests.dir().display());
-        self.args.push(flag);
+        self.add_flag(&format!("--manifests={}", manifests.dir().display()));
     }
 
     /// Has it read a configuration, with the flags of kube-proxy's DaemonSet and no others, from the next start on.

@@ -43,6 +43,17 @@ impl Place {
         Ok(command)
     }
 
+    /// A DNS server that knows nothing of this machine: what it knows is for the caller to add.
+    ///
+    /// # Errors
+    /// The helper binary is missing.
+    pub fn dns_server(&self) -> anyhow::Result<Command> {
+        let mut command = self.command("dnsmasq")?;
+        command.args(["--keep-in-foreground", "--user=root", "--pid-file="]);
+        command.args(["--no-resolv", "--no-hosts", "--conf-file=/dev/null"]);
+        Ok(command)
+    }
+
     /// Runs `work` on a thread in the network namespace; the cgroup stays that of the caller, where no hook is attached.
     ///
     /// # Errors

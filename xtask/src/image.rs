@@ -33,11 +33,8 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 #[derive(Debug, PartialEq, Eq)]
 enum Entry {
     Folder,
-    /// A file of this machine.
-    File {
-        from: PathBuf,
-        mode: u32,
-    },
+    /// A file of this machine; it runs, or is loaded.
+    File(PathBuf),
     Link(PathBuf),
 }
 
@@ -224,9 +221,7 @@ impl Image {
             let parent = file.parent().context("a file has a folder")?;
             fs::create_dir_all(parent)?;
             fs::write(&file, bytes)?;
-            let mut header = header(EntryType::Regular, 0o644);
-            header.set_size(bytes.len() as u64);
-            tar.append_data(&mut header, path, bytes.as_slice())?;
+            append(&mut tar, Path::new(path), 0o644, bytes)?;
         }
         let file = folder.join("proxy-agent.tar");
         fs::write(&file, tar.into_inner()?)
@@ -237,12 +232,8 @@ impl Image {
 /// The agent under its own name and kube-proxy's, whose DaemonSet runs it.
 fn own(agent: &Path) -> Tree {
     let mut tree = Tree::new();
-    let from = agent.to_owned();
-    add(
-        &mut tree,
-        "usr/local/bin/proxy-agent",
-        Entry::File { from, mode: 0o755 },
-    );
+    let agent = Entry::File(agent.to_owned());
+    add(&mut tree, "usr/local/bin/proxy-agent", agent);
     add(
         &mut tree,
         "usr/local/bin/kube-proxy",
@@ -260,45 +251,32 @@ fn tools() -> Result<Tree> {
         let found = candidates.map(fs::canonicalize).find_map(Result::ok);
         let found = found.with_context(|| format!("no {name} in {}", FOLDERS.join(", ")))?;
         // By its usual path: what it leads to has a name of its own in some distributions.
-        let from = found.clone();
-        add(
-            &mut tree,
-            &format!("usr/sbin/{name}"),
-            Entry::File { from, mode: 0o755 },
-        );
+        let file = Entry::File(found.clone());
+        add(&mut tree, &format!("usr/sbin/{name}"), file);
         binaries.insert(found);
     }
-    for variant in ["nft", "legacy"] {
-        for family in ["iptables", "ip6tables"] {
-            for verb in ["", "-save", "-restore"] {
-                let link = format!("usr/sbin/{family}-{variant}{verb}");
+    for family in ["iptables", "ip6tables"] {
+        for verb in ["", "-save", "-restore"] {
+            let mut link = |name: String, target: String| {
                 add(
                     &mut tree,
-                    &link,
-                    Entry::Link(format!("xtables-{variant}-multi").into()),
+                    &format!("usr/sbin/{name}"),
+                    Entry::Link(target.into()),
                 );
-                // For who looks for it without a variant; the agent finds out which one the node uses.
-                let link = format!("usr/sbin/{family}{verb}");
-                add(
-                    &mut tree,
-                    &link,
-                    Entry::Link(format!("{family}-nft{verb}").into()),
-                );
+            };
+            for variant in ["nft", "legacy"] {
+                let tool = format!("xtables-{variant}-multi");
+                link(format!("{family}-{variant}{verb}"), tool);
             }
+            // For who looks for it without a variant; the agent finds out which one the node uses.
+            link(format!("{family}{verb}"), format!("{family}-nft{verb}"));
         }
     }
     let extensions = extensions(&binaries)?;
     binaries.extend(extensions.iter().cloned());
     for library in extensions.iter().cloned().chain(libraries(&binaries)?) {
         let path = library.strip_prefix("/").unwrap_or(&library).to_owned();
-        add(
-            &mut tree,
-            &path.display().to_string(),
-            Entry::File {
-                from: library,
-                mode: 0o755,
-            },
-        );
+        add(&mut tree, &path.display().to_string(), Entry::File(library));
     }
     // Where the distribution has merged them, programs and their loader say /lib.
     for name in ["bin", "sbin", "lib", "lib64"] {
@@ -411,16 +389,21 @@ fn pack(tree: &Tree) -> Result<Vec<u8>> {
                 let mut header = header(EntryType::Symlink, 0o777);
                 tar.append_link(&mut header, path, target)?;
             }
-            Entry::File { from, mode } => {
+            Entry::File(from) => {
                 let bytes =
                     fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
-                let mut header = header(EntryType::Regular, *mode);
-                header.set_size(bytes.len() as u64);
-                tar.append_data(&mut header, path, bytes.as_slice())?;
+                append(&mut tar, path, 0o755, &bytes)?;
             }
         }
     }
     Ok(tar.into_inner()?)
+}
+
+fn append(tar: &mut Builder<Vec<u8>>, path: &Path, mode: u32, bytes: &[u8]) -> Result<()> {
+    let mut header = header(EntryType::Regular, mode);
+    header.set_size(bytes.len() as u64);
+    tar.append_data(&mut header, path, bytes)?;
+    Ok(())
 }
 
 fn header(kind: EntryType, mode: u32) -> Header {
@@ -438,10 +421,6 @@ fn header(kind: EntryType, mode: u32) -> Header {
 mod tests {
     use super::*;
 
-    fn tree(agent: &Path) -> Tree {
-        own(agent)
-    }
-
     #[test]
     fn the_same_files_make_the_same_layer_and_others_another_one() {
         let folder = std::env::temp_dir().join(format!("image-{}", std::process::id()));
@@ -449,7 +428,7 @@ mod tests {
         let agent = folder.join("agent");
         let layer = |text: &str| {
             fs::write(&agent, text).unwrap();
-            Layer::pack("agent", &tree(&agent)).unwrap()
+            Layer::pack("agent", &own(&agent)).unwrap()
         };
         let (first, again, other) = (layer("a"), layer("a"), layer("b"));
         fs::remove_dir_all(&folder).unwrap();
@@ -460,7 +439,7 @@ mod tests {
 
     #[test]
     fn entries_come_after_their_folders_and_links_are_kept() {
-        let tree = tree(Path::new("/agent"));
+        let tree = own(Path::new("/agent"));
         let paths: Vec<_> = tree.keys().map(|path| path.display().to_string()).collect();
         assert_eq!(
             paths,

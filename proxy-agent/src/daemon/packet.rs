@@ -242,8 +242,7 @@ pub fn rules(
             false => NodePorts::Listed(restricted),
         },
         localhost_node_ports: place == Place::Alone
-            && args.iptables_localhost_nodeports
-            && node_ports.contain_loopback()
+            && wants_route_localnet(sources, args)
             && route_localnet(),
         conntrack_liberal: is_set(BE_LIBERAL),
         features: Features::default(),
@@ -255,6 +254,12 @@ const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf/all/route_localnet";
 
 fn is_set(sysctl: &str) -> bool {
     fs::read_to_string(sysctl).is_ok_and(|value| value.trim() != "0")
+}
+
+/// Whether rules alone are to serve node ports on 127.0.0.0/8.
+pub fn wants_route_localnet(sources: &Sources, args: &Packet) -> bool {
+    let node_ports = NodePortAddresses::new(&sources.nodeport_addresses);
+    args.iptables_localhost_nodeports && node_ports.contain_loopback()
 }
 
 /// Lets packets to 127.0.0.0/8 be translated; the rules guard that network against everybody else (CVE-2020-8558).

@@ -23,7 +23,8 @@ use crate::{
 pub fn cleanup(global: &cli::Global, args: &cli::Cleanup) -> Result<ExitCode, Error> {
     let another = daemon::rival::answer();
     if args.kube_proxy {
-        clean_up_kube_proxy(another.as_deref(), leftovers::ensure_served)?;
+        refuse_beside(another.as_deref())?;
+        clean_up_kube_proxy(leftovers::ensure_served)?;
         return Ok(ExitCode::SUCCESS);
     }
     // One in mode nftables shares nothing with us.
@@ -40,11 +41,10 @@ pub fn cleanup(global: &cli::Global, args: &cli::Cleanup) -> Result<ExitCode, Er
 /// # Errors
 /// An agent or another proxy runs, or the kernel refuses.
 pub fn cleanup_everything(global: &cli::Global) -> Result<(), Error> {
-    let another = daemon::rival::answer();
-    refuse_beside(another.as_deref())?;
+    refuse_beside(daemon::rival::answer().as_deref())?;
     remove(global, Extent::Everything)?;
     match Host::installed() {
-        Ok(()) => clean_up_kube_proxy(another.as_deref(), |_| Ok(())),
+        Ok(()) => clean_up_kube_proxy(|_| Ok(())),
         // Nobody can have made rules.
         Err(_) => Ok(()),
     }
@@ -85,10 +85,8 @@ fn tell_lacks(host: &Host) {
 }
 
 fn clean_up_kube_proxy(
-    another: Option<&str>,
     ensure_unused: impl FnOnce(&mut Host) -> Result<(), backends::Error>,
 ) -> Result<(), Error> {
-    refuse_beside(another)?;
     let mut host = Host::find(None)?;
     tell_lacks(&host);
     ensure_unused(&mut host)?;

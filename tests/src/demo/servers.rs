@@ -39,19 +39,8 @@ pub(super) fn start_web(topology: &Topology, pod: &Pod) -> anyhow::Result<()> {
 
 /// A DNS server that knows one name, and says who it is.
 pub(super) fn start_dns(topology: &Topology, pod: &Pod) -> anyhow::Result<()> {
-    let mut command = pod.place().command("dnsmasq")?;
-    command.args([
-        "--keep-in-foreground",
-        "--no-resolv",
-        "--no-hosts",
-        "--conf-file=/dev/null",
-    ]);
-    command.args([
-        "--user=root",
-        "--pid-file=",
-        "--log-facility=-",
-        "--local=/cluster.local/",
-    ]);
+    let mut command = pod.place().dns_server()?;
+    command.args(["--log-facility=-", "--local=/cluster.local/"]);
     command.arg("--host-record=web.default.svc.cluster.local,10.96.0.80,fd00:10:96::80");
     command.arg(format!("--txt-record=whoami.cluster.local,{}", pod.name()));
     start(topology, pod, command)?;

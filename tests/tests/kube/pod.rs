@@ -35,19 +35,8 @@ struct Dns(Child);
 impl Dns {
     /// Knows the API server.
     fn start(node: &Node) -> anyhow::Result<Self> {
-        let mut command = node.place().command("dnsmasq")?;
-        command.args([
-            "--keep-in-foreground",
-            "--no-resolv",
-            "--no-hosts",
-            "--conf-file=/dev/null",
-        ]);
-        command.args([
-            "--listen-address=127.0.0.1",
-            "--bind-interfaces",
-            "--user=root",
-            "--pid-file=",
-        ]);
+        let mut command = node.place().dns_server()?;
+        command.args(["--listen-address=127.0.0.1", "--bind-interfaces"]);
         command.arg(format!("--address=/{NAME}/{SWITCH}"));
         command.stdin(Stdio::null()).stderr(Stdio::null());
         Ok(Self(command.spawn().context("cannot start dnsmasq")?))

@@ -221,8 +221,8 @@ pub fn cgroup_root() -> Result<PathBuf, Error> {
     })
 }
 
-/// Whether it is the root of the whole hierarchy, and not of a namespace's part of it: that has the first inode
-/// (kernfs_init_root_kobj and idr of fs/kernfs/dir.c, `kernfs_create_root`).
+/// Whether it is the root of the whole hierarchy, and not of a namespace's part of it: that has the first inode, as
+/// `kernfs_create_root` (fs/kernfs/dir.c) makes its node first.
 pub fn is_root(cgroup: &Path) -> bool {
     const ROOT: u64 = 1;
     let is_cgroup = statfs(cgroup).is_ok_and(|of| of.filesystem_type() == CGROUP2_SUPER_MAGIC);
