@@ -175,12 +175,25 @@ pub const NEEDS: &[Need] = &[
     Need {
         name: "Go",
         purpose: Purpose::Kubernetes,
-        why: "builds kube-proxy, kube-apiserver and etcd for the tests",
+        why: "builds the components of Kubernetes for the tests",
         probe: Probe::Tools,
         source: Source::Owner(
-            "install Go 1.26 or newer (https://go.dev/dl), or set KUBEBUILDER_ASSETS to a folder that holds etcd, \
-             kube-apiserver and kube-proxy",
+            "install Go 1.26 or newer (https://go.dev/dl), or set KUBEBUILDER_ASSETS to a folder that holds them",
         ),
+    },
+    Need {
+        name: "containerd",
+        purpose: Purpose::Kubernetes,
+        why: "runs the pods of the tests' real nodes",
+        probe: Probe::Program,
+        source: Source::Package("containerd"),
+    },
+    Need {
+        name: "CNI plugins",
+        purpose: Purpose::Kubernetes,
+        why: "connect those pods to their node",
+        probe: Probe::File("/usr/lib/cni/bridge", |_| Ok("/usr/lib/cni".into())),
+        source: Source::Package("containernetworking-plugins"),
     },
     Need {
         name: "library source",

@@ -76,15 +76,16 @@ pub fn run(workspace: &Workspace, level: Level, filter: Option<&str>) -> Result<
         )?;
     }
     let mut variables = Vec::new();
-    if level.needs_kubernetes() {
-        remedy::ensure(workspace, &[Purpose::Kubernetes])?;
-        variables.push((tools::FOLDER, tools::ensure(workspace)?));
-    }
     if level.needs_root() {
         let built = build::agents(workspace, &[Abi::Current, Abi::Next], false)?;
         if level.needs_kubernetes()
             && let Some(agent) = built.first()
         {
+            remedy::ensure(workspace, &[Purpose::Kubernetes])?;
+            let components = tools::ensure(workspace)?;
+            let images = image::for_tests(workspace, &built, &components)?;
+            variables.push((tools::FOLDER, components));
+            variables.push(("PROXY_IMAGES", images));
             variables.push(("PROXY_ROOTFS", image::unpack(workspace, agent)?));
         }
         variables.extend(["PROXY_AGENT", "PROXY_AGENT_NEXT"].into_iter().zip(built));

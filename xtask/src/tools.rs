@@ -36,7 +36,7 @@ struct Tool {
 /// Built from the module alone a component does not know its version.
 const VERSION: &str = "-X k8s.io/component-base/version.gitVersion=v1.36.3";
 
-const TOOLS: [Tool; 4] = [
+const TOOLS: [Tool; 8] = [
     Tool {
         name: "kube-proxy",
         module: "kubernetes",
@@ -59,6 +59,30 @@ const TOOLS: [Tool; 4] = [
         name: "etcd",
         module: "etcd",
         package: "go.etcd.io/etcd/server/v3",
+        flags: "",
+    },
+    Tool {
+        name: "kube-controller-manager",
+        module: "kubernetes",
+        package: "k8s.io/kubernetes/cmd/kube-controller-manager",
+        flags: VERSION,
+    },
+    Tool {
+        name: "kube-scheduler",
+        module: "kubernetes",
+        package: "k8s.io/kubernetes/cmd/kube-scheduler",
+        flags: VERSION,
+    },
+    Tool {
+        name: "kubelet",
+        module: "kubernetes",
+        package: "k8s.io/kubernetes/cmd/kubelet",
+        flags: VERSION,
+    },
+    Tool {
+        name: "coredns",
+        module: "coredns",
+        package: "github.com/coredns/coredns",
         flags: "",
     },
 ];
