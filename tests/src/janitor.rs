@@ -84,7 +84,10 @@ pub fn remove(suffix: &Suffix) -> anyhow::Result<()> {
         kill_processes(&cgroup),
         remove_namespaces(&suffix.netns_prefix()),
         remove_tree(&suffix.bpf_dir()),
-        remove_cgroups(&cgroup),
+        suffix
+            .cgroups()?
+            .iter()
+            .try_for_each(|cgroup| remove_cgroups(cgroup)),
         remove_tree(&suffix.state_dir()),
     ];
     results.into_iter().collect()

@@ -3,18 +3,22 @@
 mod bulk;
 mod client;
 mod control;
+mod controllers;
+mod machine;
+mod namespaces;
 mod proxy;
 
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
-    process::{Child, Stdio},
+    process::{Child, Command, Stdio},
     thread,
 };
 
 use anyhow::{Context, bail};
 
 pub use control::{ControlPlane, KUBE_PROXY, NOBODY};
+pub use machine::Machine;
 pub use proxy::{KubeProxy, Mode, Periods, Variant};
 
 use crate::place::Place;
@@ -53,11 +57,16 @@ impl Component {
         name: &str,
         place: &Place,
         log: &Path,
-        prepare: impl FnOnce(&mut std::process::Command),
+        prepare: impl FnOnce(&mut Command),
     ) -> anyhow::Result<Self> {
-        let output = File::options().create(true).append(true).open(log)?;
         let mut command = place.command(tool(name)?)?;
         prepare(&mut command);
+        Self::spawn(name, command, log)
+    }
+
+    /// Starts one by a command that is complete.
+    fn spawn(name: &str, mut command: Command, log: &Path) -> anyhow::Result<Self> {
+        let output = File::options().create(true).append(true).open(log)?;
         command
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)

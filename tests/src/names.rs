@@ -80,6 +80,15 @@ impl Suffix {
         Ok(cgroup2_root()?.join(self.directory()))
     }
 
+    /// Its directory in every hierarchy of cgroups, v2's among them.
+    ///
+    /// # Errors
+    /// The mounts cannot be read.
+    pub fn cgroups(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let mounts = hierarchies()?.into_iter();
+        Ok(mounts.map(|mount| mount.join(self.directory())).collect())
+    }
+
     /// Its directory on bpffs.
     pub fn bpf_dir(&self) -> PathBuf {
         Path::new(BPFFS).join(self.directory())
@@ -140,6 +149,16 @@ pub fn cgroup2_root() -> anyhow::Result<PathBuf> {
         .context("cgroup v2 is not mounted; try: mount -t cgroup2 none /sys/fs/cgroup")
 }
 
+/// Where the hierarchies of cgroups are mounted, v2's and any of v1.
+///
+/// # Errors
+/// The mounts cannot be read.
+pub fn hierarchies() -> io::Result<Vec<PathBuf>> {
+    let mut found = mount_points("cgroup")?;
+    found.extend(mount_points("cgroup2")?);
+    Ok(found)
+}
+
 /// Mounts bpffs unless it is there.
 ///
 /// # Errors
@@ -154,13 +173,18 @@ pub fn ensure_bpffs() -> anyhow::Result<()> {
 }
 
 fn mount_point(kind: &str) -> io::Result<Option<PathBuf>> {
+    Ok(mount_points(kind)?.into_iter().next())
+}
+
+fn mount_points(kind: &str) -> io::Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/mounts")?;
     let fields = mounts
         .lines()
         .map(|line| line.split(' ').collect::<Vec<_>>());
-    Ok(fields
-        .filter(|fields| fields.get(2) == Some(&kind))
-        .find_map(|fields| fields.get(1).map(PathBuf::from)))
+    let found = fields.filter(|fields| fields.get(2) == Some(&kind));
+    Ok(found
+        .filter_map(|fields| fields.get(1).map(PathBuf::from))
+        .collect())
 }
 
 #[cfg(test)]

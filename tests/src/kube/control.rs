@@ -36,10 +36,14 @@ const SERVICES: &str = "/api/v1/namespaces/default/services";
 #[derive(Debug)]
 pub struct ControlPlane {
     pub(super) client: Client,
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     /// The EndpointSlices of each Service that was applied.
     slices: RefCell<BTreeMap<String, BTreeSet<String>>>,
-    // The API server goes first. None while it is stopped.
+    /// Arguments of every API server that is started.
+    flags: &'static [&'static str],
+    // Who asks the API server goes before it, and that before what it asks.
+    pub(super) controllers: Vec<Component>,
+    // None while it is stopped.
     api: Option<Component>,
     _etcd: Component,
 }
@@ -50,6 +54,14 @@ impl ControlPlane {
     /// # Errors
     /// The components are missing, or do not start.
     pub fn start(topology: &Topology) -> anyhow::Result<Self> {
+        // Nobody makes the accounts that this asks for.
+        Self::start_api_with(topology, &["--disable-admission-plugins", "ServiceAccount"])
+    }
+
+    pub(super) fn start_api_with(
+        topology: &Topology,
+        flags: &'static [&'static str],
+    ) -> anyhow::Result<Self> {
         let place = topology.switch_place()?;
         let dir = topology.state_dir().join("control-plane");
         fs::create_dir_all(&dir)?;
@@ -80,6 +92,8 @@ impl ControlPlane {
             },
             dir,
             slices: RefCell::default(),
+            flags,
+            controllers: Vec::new(),
             api: None,
             _etcd: etcd,
         };
@@ -109,11 +123,13 @@ impl ControlPlane {
                     "10.96.0.0/12,fd00:10:96::/112",
                 ])
                 .args(["--service-node-port-range", "20000-32767"])
-                .args(["--disable-admission-plugins", "ServiceAccount"])
                 // As kubeadm has it.
                 .arg("--allow-privileged")
+                // Their names are known to nobody.
+                .args(["--kubelet-preferred-address-types", "InternalIP"])
                 .args(["--max-requests-inflight", "3000"])
                 .args(["--max-mutating-requests-inflight", "2000"])
+                .args(self.flags)
                 .args(more);
         })?;
         self.api = Some(api);

@@ -1,9 +1,9 @@
 //! The manifests below `deploy/`: kubectl builds them, and a real API server takes them, every field known to it.
 
-use std::{collections::BTreeSet, fs, path::PathBuf, process::Output};
+use std::{collections::BTreeSet, fs, path::PathBuf};
 
 use anyhow::{Context, ensure};
-use proxy_tests::kube::{Variant, tool};
+use proxy_tests::kube::Variant;
 use serde_json::{Value, json};
 
 use crate::{cluster::Cluster, pod::CAPABILITIES};
@@ -17,38 +17,21 @@ const FOLDERS: [&str; 6] = [
     "cleanup/kube-proxy",
 ];
 
-fn deploy(path: &str) -> PathBuf {
+pub fn deploy(path: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "..", "deploy", path]
         .iter()
         .collect()
 }
 
-/// kubectl as the cluster's administrator: what it printed.
-fn kubectl(c: &Cluster, args: &[&str]) -> anyhow::Result<String> {
-    let kubeconfig = c.control.kubeconfig()?;
-    let mut command = c.scenario.a.place().command(tool("kubectl")?)?;
-    command.arg("--kubeconfig").arg(kubeconfig).args(args);
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = command.output()?;
-    let said = String::from_utf8_lossy(&stderr);
-    ensure!(status.success(), "kubectl {args:?}: {said}");
-    Ok(String::from_utf8(stdout)?)
-}
-
 fn daemonset(c: &Cluster, name: &str) -> anyhow::Result<Value> {
-    let text = kubectl(
-        c,
-        &[
-            "--namespace=kube-system",
-            "get",
-            "daemonset",
-            name,
-            "--output=json",
-        ],
-    )?;
+    let args = [
+        "--namespace=kube-system",
+        "get",
+        "daemonset",
+        name,
+        "--output=json",
+    ];
+    let text = c.control.kubectl(&args)?;
     Ok(serde_json::from_str(&text)?)
 }
 
@@ -59,12 +42,15 @@ fn every_overlay_is_applied_as_its_users_would() {
         for folder in FOLDERS {
             let folder = deploy(folder);
             let folder = folder.display().to_string();
-            let file = |verb| kubectl(c, &[verb, "--validate=strict", "--kustomize", &folder]);
+            let file = |verb| {
+                c.control
+                    .kubectl(&[verb, "--validate=strict", "--kustomize", &folder])
+            };
             file("apply").with_context(|| folder.clone())?;
-            kubectl(c, &["delete", "--kustomize", &folder])?;
+            c.control.kubectl(&["delete", "--kustomize", &folder])?;
         }
         let base = deploy("overlays/kubeadm").display().to_string();
-        kubectl(c, &["apply", "--kustomize", &base])?;
+        c.control.kubectl(&["apply", "--kustomize", &base])?;
         let pod = &daemonset(c, "proxy-agent")?["spec"]["template"]["spec"];
         let added = &pod["containers"][0]["securityContext"]["capabilities"]["add"];
         let added: Vec<String> = serde_json::from_value(added.clone())?;
@@ -81,7 +67,8 @@ fn the_swap_changes_the_image_and_adds_mounts_and_nothing_else() {
         let before = kubeadms_daemonset();
         let file = c.scenario.topology.state_dir().join("kube-proxy.json");
         fs::write(&file, before.to_string())?;
-        kubectl(c, &["apply", "--filename", &file.display().to_string()])?;
+        c.control
+            .kubectl(&["apply", "--filename", &file.display().to_string()])?;
         let mut before = daemonset(c, "kube-proxy")?["spec"]["template"]["spec"].clone();
         let patch = deploy("overlays/kubeadm/swap.yaml").display().to_string();
         let target = [
@@ -90,7 +77,8 @@ fn the_swap_changes_the_image_and_adds_mounts_and_nothing_else() {
             "daemonset",
             "kube-proxy",
         ];
-        kubectl(c, &[&target[..], &["--patch-file", &patch]].concat())?;
+        c.control
+            .kubectl(&[&target[..], &["--patch-file", &patch]].concat())?;
         let mut after = daemonset(c, "kube-proxy")?["spec"]["template"]["spec"].clone();
 
         let container = &mut after["containers"][0];
@@ -119,7 +107,7 @@ fn the_swap_changes_the_image_and_adds_mounts_and_nothing_else() {
 }
 
 /// As kubeadm makes it (cmd/kubeadm/app/phases/addons/proxy/manifests.go, v1.36).
-fn kubeadms_daemonset() -> Value {
+pub fn kubeadms_daemonset() -> Value {
     let labels = json!({"k8s-app": "kube-proxy"});
     let command = [
         "/usr/local/bin/kube-proxy",

@@ -1,5 +1,5 @@
-//! The agent with real components of Kubernetes: it follows an API server; and it shares a node with kube-proxy, one after
-//! the other and side by side.
+//! The agent with real components of Kubernetes: it follows an API server; it shares a node with kube-proxy, one after the
+//! other and side by side; and it is a pod of real nodes.
 
 mod answers;
 mod beside;
@@ -8,6 +8,7 @@ mod cluster;
 mod config;
 mod deploy;
 mod differential;
+mod nodes;
 mod pod;
 mod source;
 mod swap;
