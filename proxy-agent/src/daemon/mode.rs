@@ -8,7 +8,7 @@ use crate::{
         self,
         ebpf::{
             kernel::{KernelStore, Lease, Left, OpenOptions},
-            probe::probe,
+            probe::{hidden_namespaces, probe},
         },
         iptables::host::{Host, Owner},
     },
@@ -111,7 +111,12 @@ fn sockets(
         log: args.log_programs,
     };
     match KernelStore::open(options) {
-        Ok(store) => Ok(Ok(store)),
+        Ok(store) => {
+            if let Some(text) = hidden_namespaces() {
+                tracing::warn!("{text}");
+            }
+            Ok(Ok(store))
+        }
         Err(error) => lacks(global, error, Some(&cgroup)).map(Err),
     }
 }

@@ -11,8 +11,11 @@ use std::{
 use anyhow::{Context, ensure};
 use proxy_tests::{
     Node,
+    agent::{HEALTHZ, METRICS},
     kube::{KUBE_PROXY, Variant},
+    scenario::SOON,
     topology::SWITCH,
+    wait_for,
 };
 use serde_json::json;
 
@@ -51,8 +54,9 @@ impl Drop for Dns {
     }
 }
 
-/// A program that becomes the agent in its image; the state of the test is mounted where it is outside.
-fn wrapper(state: &Path, command: &str) -> anyhow::Result<PathBuf> {
+/// A program that becomes the agent in its image; the state of the test is mounted where it is outside. It runs in new
+/// `namespaces`, and `undo` is what the shell does, before the agent starts, to what the pod has mounted at $R.
+fn wrapper(state: &Path, command: &str, namespaces: &str, undo: &str) -> anyhow::Result<PathBuf> {
     let image =
         std::env::var_os("PROXY_ROOTFS").context("no PROXY_ROOTFS: run cargo xtask test")?;
     let image = Path::new(&image).display();
@@ -60,7 +64,7 @@ fn wrapper(state: &Path, command: &str) -> anyhow::Result<PathBuf> {
     let folder = state.display();
     let script = format!(
         r#"#!/bin/sh
-exec unshare --mount sh -e -c '
+exec unshare {namespaces} sh -e -c '
 R={image}
 mount --bind $R $R
 mount -t tmpfs none $R/tmp
@@ -75,6 +79,7 @@ mount --bind /run/xtables.lock $R/run/xtables.lock
 mount --rbind /proc $R/proc
 mount --rbind /sys $R/sys
 mount --rbind /dev $R/dev
+{undo}
 mount -o remount,bind,ro $R
 exec setpriv --no-new-privs --bounding-set=-all,+sys_chroot{capabilities} chroot $R {command} "$@"
 ' sh "$@"
@@ -115,9 +120,12 @@ fn serves_from_its_image(mode: &str) {
         let path = state.join("config.conf");
         fs::write(&path, config.to_string())?;
         c.scenario.agent.read_config(&path);
-        c.scenario
-            .agent
-            .use_binary(&wrapper(&state, "/usr/local/bin/kube-proxy")?);
+        c.scenario.agent.use_binary(&wrapper(
+            &state,
+            "/usr/local/bin/kube-proxy",
+            "--mount",
+            "",
+        )?);
         c.scenario.agent.spawn()?;
         c.scenario.agent.wait_ready()?;
         c.wait_served_by(&[&near])?;
@@ -138,6 +146,90 @@ fn serves_from_its_image(mode: &str) {
         let troubles: Vec<_> = troubles.collect();
         ensure!(troubles.is_empty(), "{troubles:#?}");
         c.scenario.agent.stop()
+    });
+}
+
+/// What the agent does without a mount of its DaemonSet.
+struct Missing {
+    mount: &'static str,
+    undo: &'static str,
+    /// The layers that serve, and what names the mount: the reason for them, or the log.
+    layers: [&'static str; 2],
+    named: &'static str,
+}
+
+const MISSING: [Missing; 4] = [
+    Missing {
+        mount: "bpffs",
+        undo: "umount --lazy $R/sys/fs/bpf",
+        layers: ["off", "iptables"],
+        named: "/sys/fs/bpf",
+    },
+    Missing {
+        mount: "cgroup",
+        undo: "umount --recursive --lazy $R/sys/fs/cgroup",
+        layers: ["off", "iptables"],
+        named: "cgroup",
+    },
+    Missing {
+        mount: "netns",
+        undo: "umount --lazy $R/run/netns; rmdir $R/run/netns",
+        layers: ["ebpf", "iptables"],
+        named: "/run/netns",
+    },
+    // The legacy tools do nothing without it: the agent is not ready, and goes on trying.
+    Missing {
+        mount: "xtables-lock",
+        undo: "umount $R/run/xtables.lock; rm $R/run/xtables.lock; mount -o remount,ro $R/run",
+        layers: ["ebpf", "iptables"],
+        named: "can't open lock file /run/xtables.lock",
+    },
+];
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn a_missing_mount_costs_what_needs_it_and_is_named() {
+    let args = ["--iptables-sync-period=1s"];
+    Cluster::run("pod-mounts", Variant::Legacy, &args, |c| {
+        let near = c.scenario.near.clone();
+        let state = c.scenario.topology.state_dir();
+        c.apply(&[&near])?;
+        for Missing {
+            mount,
+            undo,
+            layers,
+            named,
+        } in MISSING
+        {
+            // As in a pod, which sees no processes but its own.
+            let namespaces = "--mount --pid --fork --kill-child";
+            let undo =
+                format!("umount --recursive --lazy $R/proc; mount -t proc proc $R/proc; {undo}");
+            let binary = wrapper(&state, "/usr/local/bin/proxy-agent", namespaces, &undo)?;
+            c.scenario.agent.use_binary(&binary);
+            let before = c.scenario.agent.log().len();
+            c.scenario.agent.spawn()?;
+            let place = c.scenario.a.place();
+            wait_for("the agent has begun", SOON, || {
+                let (status, body) = place.http_get(HEALTHZ, "/readyz")?;
+                ensure!(status == 200 || body.contains(named), "{mount}: {body}");
+                Ok(())
+            })?;
+            c.wait_served_by(&[&near]).context(mount)?;
+            let [socket, packet] = layers;
+            let (_, text) = place.http_get(METRICS, "/metrics")?;
+            let mode = text
+                .lines()
+                .find(|line| line.starts_with("proxy_agent_mode_info"));
+            let mode = mode.context("no mode")?;
+            let served = format!("socket=\"{socket}\",packet=\"{packet}\"");
+            ensure!(mode.contains(&served), "{mount}: {mode}");
+            let log = c.scenario.agent.log();
+            println!("{mount}: {mode}");
+            ensure!(log[before..].contains(named), "{mount}: {log}");
+            c.scenario.agent.kill9()?;
+        }
+        Ok(())
     });
 }
 

@@ -37,6 +37,8 @@ pub enum Need {
     NetnsCookie,
     /// An iterator and what it needs.
     Iterator,
+    /// The network namespaces of pods.
+    Namespaces,
 }
 
 impl fmt::Display for Need {
@@ -50,6 +52,7 @@ impl fmt::Display for Need {
             Self::Refusal => "refusals",
             Self::NetnsCookie => "network namespace cookies",
             Self::Iterator => "socket iterators",
+            Self::Namespaces => "network namespaces of pods",
         })
     }
 }
@@ -122,6 +125,9 @@ pub fn probe(bpf_dir: &Path, cgroup: Option<&Path>) -> Report {
             "the kernel has no SO_NETNS_COOKIE (5.14); node ports on 127.0.0.1 are not served"
                 .to_owned();
         report.note(Need::NetnsCookie, false, text);
+    }
+    if let Some(text) = hidden_namespaces() {
+        report.note(Need::Namespaces, false, text);
     }
     // Without these the programs cannot be loaded anyway.
     if report.is_usable() {
@@ -196,6 +202,26 @@ fn lacking(capabilities: u64) -> Option<String> {
         .map(|(_, name, _)| *name)
         .collect();
     (!lacking.is_empty()).then(|| lacking.join(", "))
+}
+
+/// What follows, and helps, if the network namespaces of pods cannot be found from here.
+pub fn hidden_namespaces() -> Option<String> {
+    let processes = fs::metadata("/proc/self/ns/pid").ok()?.ino();
+    hidden_from(processes, Path::new("/run/netns"))
+}
+
+/// Inode of the machine's first namespace of processes (PROC_PID_INIT_INO, include/linux/proc_ns.h).
+const FIRST_PROCESSES: u64 = 0xEFFF_FFFC;
+
+/// They have names, or are those of processes, which all are seen from the first namespace of them.
+fn hidden_from(processes: u64, named: &Path) -> Option<String> {
+    (processes != FIRST_PROCESSES && !named.is_dir()).then(|| {
+        let named = named.display();
+        format!(
+            "{named} is not there: mount the node's, with propagation HostToContainer; connected UDP sockets of pods go on to \
+             a removed backend until the client notices by itself"
+        )
+    })
 }
 
 /// Root of the cgroup v2 hierarchy, also where it is mounted beside v1 controllers.
@@ -279,6 +305,18 @@ mod tests {
         assert_eq!(
             lacking(1 << 39).as_deref(),
             Some("CAP_NET_ADMIN, CAP_PERFMON")
+        );
+    }
+
+    #[test]
+    fn namespaces_of_pods_are_hidden_without_names_and_processes() {
+        let (there, missing) = (Path::new("/proc"), Path::new("/proc/no-such-folder"));
+        assert_eq!(hidden_from(FIRST_PROCESSES, missing), None);
+        assert_eq!(hidden_from(1, there), None);
+        let text = hidden_from(1, missing).unwrap();
+        assert!(
+            text.starts_with("/proc/no-such-folder is not there"),
+            "{text}"
         );
     }
 
