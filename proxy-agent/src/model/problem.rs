@@ -30,7 +30,7 @@ pub enum Effect {
     Refused,
     /// Left out because it has no ClusterIP; without an earlier version nothing of it can be in the kernel.
     Skipped,
-    /// One endpoint of it is left out; the rest is used.
+    /// Endpoints of it are left out; the rest is used.
     Trimmed,
 }
 
@@ -39,7 +39,7 @@ impl fmt::Display for Effect {
         f.write_str(match self {
             Self::Refused => "the object is refused, its last good version stays in use",
             Self::Skipped => "the Service is skipped, an earlier version with one stays in use",
-            Self::Trimmed => "this endpoint is left out",
+            Self::Trimmed => "left out, the rest is used",
         })
     }
 }

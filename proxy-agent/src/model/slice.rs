@@ -14,6 +14,8 @@ use crate::state::{Family, Protocol, ServiceName};
 
 /// When the change happened that led to this state of a slice (core/v1, `EndpointsLastChangeTriggerTime`).
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+/// Bad endpoints of one slice, which may have a thousand, that are told of each by itself.
+const TOLD: usize = 5;
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// An EndpointSlice's "namespace/name".
@@ -192,7 +194,7 @@ impl Slice {
         Ok(SliceName::new(namespace, name))
     }
 
-    /// Reads a slice as seen from `here`, and says which endpoints it leaves out; nothing if it is not for this proxy
+    /// Reads a slice as seen from `here`, and says which endpoints it leaves out, of many the first; nothing if it is not for this proxy
     /// (another proxy's, of a headless Service, of no Service, FQDN).
     ///
     /// # Errors
@@ -255,6 +257,11 @@ impl Slice {
                     trimmed.push(blame.trim(format!("endpoints[{index}].addresses[0]"), what));
                 }
             }
+        }
+        let more = trimmed.len().saturating_sub(TOLD);
+        if more > 0 {
+            trimmed.truncate(TOLD);
+            trimmed.push(blame.trim("endpoints", format!("{more} more have no possible address")));
         }
         self.endpoints = endpoints.into();
         self.zones = zones.table.into();

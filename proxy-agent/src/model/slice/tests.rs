@@ -74,6 +74,24 @@ fn a_bad_endpoint_is_left_out_and_the_others_stay() {
 }
 
 #[test]
+fn of_many_bad_endpoints_the_first_are_told_and_the_others_counted() {
+    let all = (0..1_000).map(|n| match n % 2 {
+        0 => json!({"addresses": [format!("10.0.{}.{}", n / 250, n % 250)]}),
+        _ => json!({"addresses": [format!("pod-{n}")]}),
+    });
+    let (slice, trimmed) = endpoints(all.collect());
+    assert_eq!(slice.endpoints.len(), 500);
+    assert_eq!(trimmed.len(), TOLD + 1);
+    let last = trimmed.last().map(ToString::to_string);
+    assert_eq!(
+        last.as_deref(),
+        Some(
+            "EndpointSlice default/web-1: endpoints: 495 more have no possible address; left out, the rest is used"
+        )
+    );
+}
+
+#[test]
 fn ports_without_number_are_ignored_and_impossible_ones_refused() {
     let ports =
         |ports: Value| parse(json!({"ports": ports})).map(|slice| slice.unwrap().0.ports.len());
