@@ -26,10 +26,11 @@ use tokio::{
 use crate::{
     backends::{self, ebpf::kernel::Left},
     cli::{DetectLocalMode, Global, Mode, Run},
+    events::Event,
     health::{self, Health, SelfTest},
     metrics::{Metrics, Voice},
     model::Update,
-    sources::{self, Origin, node},
+    sources::{self, Followed, Origin, node},
     sync::SyncStatus,
 };
 
@@ -188,12 +189,13 @@ async fn serve(
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = %here, source = %origin, "starting");
 
     let (updates, received) = mpsc::channel(UPDATES);
-    let broken = origin.start(here.clone(), updates.clone())?;
+    let metrics = Arc::new(Metrics::default());
+    let Followed { problems, events } =
+        origin.start(here.clone(), updates.clone(), &metrics.rest_client)?;
     node::start(updates)?;
     let opened = mode::open(global, args, &here)?;
-    let metrics = Arc::new(Metrics::default());
     host_settings::apply(&args.host, Path::new("/"), &metrics);
-    let mut feeds = Feeds::new(place::model(here, &args.sources));
+    let mut feeds = Feeds::new(place::model(here, &args.sources), events.clone());
     let (give_way, gives_way) = watch::channel(false);
     let serving = Serving::start(global, args, opened, reaper, &mut feeds, &metrics, give_way)?;
     let Serving {
@@ -214,13 +216,14 @@ async fn serve(
         patience: 2 * args.layers.packet.iptables_sync_period,
         started: Instant::now(),
     };
-    let health = servers::health(args, health, feeds.checks(), &metrics);
+    let health = servers::health(args, health, feeds.checks(), &metrics, &events);
     let metering = servers::metrics(global, args, cgroup.as_deref(), &metrics, gives_way);
+    events.tell(Event::Started);
 
     let result = tokio::select! {
         () = follow(received, &feeds) => Err(Error::Ended("sources")),
         () = until_one_is_gone(statuses().collect()) => Err(Error::Ended("layer")),
-        () = count_broken(broken, &troubled, &metrics) => Err(Error::Ended("source of Services")),
+        () = count_broken(problems, &troubled, &metrics) => Err(Error::Ended("source of Services")),
         () = after_the_first_syncs(statuses().collect(), cgroup.as_deref(), tested, former) => Err(Error::Ended("self-test")),
         unbound = health => Err(unbound.into()),
         unbound = metering => Err(unbound.into()),
@@ -229,6 +232,9 @@ async fn serve(
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),
     };
+    if let Err(Error::Unbound(unbound)) = &result {
+        servers::tell_unbound(unbound, &events).await;
+    }
     feeds.stop();
     for layer in layers {
         layer.join();

@@ -9,6 +9,7 @@ pub mod compile;
 pub mod config;
 pub mod daemon;
 pub mod debug;
+pub mod events;
 pub mod health;
 pub mod metrics;
 pub mod model;

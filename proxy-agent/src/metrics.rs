@@ -18,12 +18,14 @@ use proxy_ebpf::abi::Reason;
 
 mod kube_proxy;
 mod process;
+mod rest_client;
 mod text;
 
 pub use kube_proxy::{
     Accounts, CodeLabel, FamilyLabel, KubeProxyMetrics, PolicyLabels, TableLabels,
 };
 use process::Process;
+pub use rest_client::RestClientMetrics;
 
 /// Label of a layer.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -72,11 +74,17 @@ macro_rules! metrics {
             $(#[doc = $help] pub $field: $type,)*
             /// Those with kube-proxy's prefix.
             pub kube_proxy: KubeProxyMetrics,
+            /// Those of the client of the API server.
+            pub rest_client: RestClientMetrics,
         }
 
         impl Default for Metrics {
             fn default() -> Self {
-                Self { $($field: $new,)* kube_proxy: KubeProxyMetrics::default() }
+                Self {
+                    $($field: $new,)*
+                    kube_proxy: KubeProxyMetrics::default(),
+                    rest_client: RestClientMetrics::default(),
+                }
             }
         }
 
@@ -225,6 +233,7 @@ impl Metrics {
         self.register(registry.sub_registry_with_prefix("proxy_agent"));
         self.kube_proxy
             .register(registry.sub_registry_with_prefix("kubeproxy"));
+        self.rest_client.register(&mut registry);
         // Without /proc there is nothing to say.
         if let Ok(process) = Process::read() {
             process.register(&mut registry);

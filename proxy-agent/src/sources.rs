@@ -7,7 +7,11 @@ use std::{fmt, path::PathBuf};
 
 use tokio::sync::{mpsc, watch};
 
-use crate::model::{NodeName, Update};
+use crate::{
+    events::Events,
+    metrics::RestClientMetrics,
+    model::{NodeName, Update},
+};
 
 pub mod file;
 pub mod kubernetes;
@@ -34,8 +38,7 @@ pub enum Error {
 }
 
 impl Origin {
-    /// Starts to follow it. The first update is everything that is there. The receiver holds what is wrong with it now; what
-    /// is new is also logged, once.
+    /// Starts to follow it. The first update is everything that is there. What is wrong with it is also logged, once.
     ///
     /// # Errors
     /// It cannot be followed.
@@ -43,12 +46,25 @@ impl Origin {
         &self,
         here: NodeName,
         updates: mpsc::Sender<Update>,
-    ) -> Result<watch::Receiver<Vec<Problem>>, Error> {
+        metrics: &RestClientMetrics,
+    ) -> Result<Followed, Error> {
         Ok(match self {
-            Self::Manifests(folder) => file::start(folder, here, updates)?,
-            Self::Kubernetes(access) => kubernetes::start(access, here, updates)?,
+            Self::Manifests(folder) => Followed {
+                problems: file::start(folder, here, updates)?,
+                events: Events::default(),
+            },
+            Self::Kubernetes(access) => kubernetes::start(access, here, updates, metrics)?,
         })
     }
+}
+
+/// What belongs to a source that is followed.
+#[derive(Debug)]
+pub struct Followed {
+    /// What is wrong with it now.
+    pub problems: watch::Receiver<Vec<Problem>>,
+    /// Takes what the cluster is to be told; files tell nobody.
+    pub events: Events,
 }
 
 impl fmt::Display for Origin {

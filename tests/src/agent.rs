@@ -107,6 +107,13 @@ impl Agent {
         }
     }
 
+    /// Has it follow the cluster that it is a pod of, from the next start on.
+    pub fn follow_own_cluster(&mut self) {
+        if let Some(at) = self.args.iter().position(|arg| arg == "--manifests") {
+            self.args.drain(at..at + 2);
+        }
+    }
+
     /// One flag more, which wins over those before, from the next start on.
     pub fn add_flag(&mut self, flag: &str) {
         self.args.push(flag.to_owned());

@@ -1,5 +1,6 @@
 //! Real Kubernetes components: a control plane in the switch of a topology, and kube-proxy on a node.
 
+mod access;
 mod bulk;
 mod client;
 mod control;
@@ -17,6 +18,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
+pub use access::Server;
 pub use control::{ControlPlane, KUBE_PROXY, NOBODY};
 pub use machine::Machine;
 pub use proxy::{KubeProxy, Mode, Periods, Variant};

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use super::observer::Observer;
 use crate::{
     compile::{self, Compiler, Problem},
+    events::{Event, Events},
     health::checks::Checks,
     metrics::{LayerMetrics, Metrics},
     model::{Dirty, Model, Update},
@@ -23,6 +24,7 @@ pub struct Feeds {
     inboxes: Vec<Arc<Inbox>>,
     observer: Option<Arc<Mutex<Observer>>>,
     checks: watch::Sender<Checks>,
+    events: Events,
     /// What the Node says of that; none while there has been no Node.
     eligible: watch::Sender<Option<bool>>,
 }
@@ -34,19 +36,20 @@ pub struct Feed {
     /// The changes that wait for the layer.
     pub inbox: Arc<Inbox>,
     /// The first layer tells what cannot be carried out: the others compile the same.
-    tells: bool,
+    tells: Option<Events>,
     /// Of the layer that speaks for the node.
     observer: Option<Arc<Mutex<Observer>>>,
 }
 
 impl Feeds {
-    /// Of a model that is empty.
-    pub fn new(model: Model) -> Self {
+    /// Of a model that is empty; what the cluster should know goes to `events`.
+    pub fn new(model: Model, events: Events) -> Self {
         Self {
             model: Arc::new(Mutex::new(model)),
             inboxes: Vec::new(),
             observer: None,
             checks: watch::Sender::default(),
+            events,
             eligible: watch::Sender::default(),
         }
     }
@@ -63,7 +66,7 @@ impl Feeds {
 
     /// One more layer, which counts there.
     pub fn add(&mut self, metrics: &LayerMetrics) -> Feed {
-        let tells = self.inboxes.is_empty();
+        let tells = self.inboxes.is_empty().then(|| self.events.clone());
         let inbox = Arc::new(Inbox::new(metrics.changes_pending.clone()));
         let observer = metrics.kube_proxy.clone().map(|metrics| {
             let observer = Observer::new(metrics, SystemTime::now());
@@ -116,8 +119,8 @@ impl Feed {
     /// Compiles `scope`, and tells what of it cannot be carried out.
     pub fn compile(&self, compiler: &mut Compiler, scope: &Scope, metrics: &Metrics) -> Compiled {
         let (compiled, problems) = Compiled::of(compiler, &lock(&self.model), scope);
-        if self.tells {
-            tell(&problems, compiler, metrics);
+        if let Some(events) = &self.tells {
+            tell(&problems, compiler, metrics, events);
         }
         if let Some(observer) = &self.observer {
             lock(observer).taken(&compiled);
@@ -153,10 +156,17 @@ fn note_checks(checks: &mut Checks, model: &Model, dirty: &Dirty) -> bool {
     moved
 }
 
-/// Logs problems that have come up, and says how many there are.
-fn tell(new: &[Problem], compiler: &Compiler, metrics: &Metrics) {
+/// Logs problems that have come up, tells who lost an address, and says how many problems there are.
+fn tell(new: &[Problem], compiler: &Compiler, metrics: &Metrics, events: &Events) {
     for problem in new {
         tracing::warn!(service = %problem.service(), error = %problem, "not carried out");
+        match problem {
+            Problem::Taken { service, .. } => events.tell(Event::AddressTaken {
+                service: service.clone(),
+                why: problem.to_string(),
+            }),
+            Problem::Forbidden { .. } => {}
+        }
     }
     let count = compiler.problems().count();
     metrics
@@ -181,7 +191,7 @@ mod tests {
 
     #[test]
     fn other_networks_of_the_nodes_pods_concern_everything() {
-        let mut feeds = Feeds::new(Model::new(NodeName::new("node-a")));
+        let mut feeds = Feeds::new(Model::new(NodeName::new("node-a")), Events::default());
         let feed = feeds.add(&Metrics::default().layer("test", Voice::Own));
         let node = |network: &str| {
             let node = Node {
@@ -210,7 +220,7 @@ mod tests {
 
     #[test]
     fn each_layer_gets_every_change_whatever_the_other_one_does() {
-        let mut feeds = Feeds::new(Model::new(NodeName::new("node-a")));
+        let mut feeds = Feeds::new(Model::new(NodeName::new("node-a")), Events::default());
         let metrics = Metrics::default();
         let slow = metrics.layer("slow", Voice::Node);
         let first = feeds.add(&metrics.layer("fast", Voice::Own));

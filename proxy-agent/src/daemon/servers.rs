@@ -18,9 +18,13 @@ use crate::{
     },
     cli::{Global, Run},
     config,
+    events::{Event, Events},
     health::{self, Health, Metering, Place, Unbound, checks::Checks},
     metrics::{Accounts, Kernel, Metrics, ModeLabels},
 };
+
+/// The server of metrics, by name.
+const METRICS: &str = "metrics";
 
 /// Serves `/readyz`, `/livez` and `/healthz`, and what load balancers ask for at the ports of `checks`. Ends only without a
 /// port that it must have.
@@ -29,6 +33,7 @@ pub fn health(
     health: Health,
     checks: watch::Receiver<Checks>,
     metrics: &Metrics,
+    events: &Events,
 ) -> impl Future<Output = Unbound> + use<> {
     let router = health::health_router(health.clone(), metrics.kube_proxy.clone());
     let (_, keeps) = watch::channel(false);
@@ -39,7 +44,7 @@ pub fn health(
     };
     let own = health::serve(place, router, keeps);
     let failed = metrics.health_check_ports_failed.clone();
-    let of_services = health::checks::serve(checks, health, failed);
+    let of_services = health::checks::serve(checks, health, failed, events.clone());
     async {
         tokio::select! {
             unbound = own => unbound,
@@ -65,11 +70,21 @@ pub fn metrics(
         config: Arc::new(config::configz(global, args)),
     });
     let place = Place {
-        name: "metrics",
+        name: METRICS,
         address: args.metrics_bind_address.0,
         is_final: args.bind_address_hard_fail,
     };
     health::serve(place, router, give_way)
+}
+
+/// Tells the cluster that the process ends for want of a port.
+pub async fn tell_unbound(unbound: &Unbound, events: &Events) {
+    let why = unbound.to_string();
+    let event = match unbound.name {
+        METRICS => Event::NoMetrics(why),
+        _ => Event::NoHealth(why),
+    };
+    events.tell_last(event).await;
 }
 
 /// Says which layers serve this node, and why: each by its implementation, or "off".

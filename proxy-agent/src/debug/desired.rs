@@ -12,6 +12,7 @@ use crate::{
         self,
         place::{self, node_name},
     },
+    metrics::RestClientMetrics,
     sources::{self, Origin, node},
     state::DesiredState,
 };
@@ -48,8 +49,8 @@ pub fn read(global: &Global, sources: &Sources, origin: &Origin) -> Result<Desir
         let here = node_name(global)?;
         let mut model = place::model(here.clone(), sources);
         let (updates, mut received) = mpsc::channel(1);
-        let broken = origin.start(here, updates.clone());
-        let broken = broken.map_err(daemon::Error::from)?;
+        let broken = origin.start(here, updates.clone(), &RestClientMetrics::default());
+        let broken = broken.map_err(daemon::Error::from)?.problems;
         node::start(updates).map_err(daemon::Error::from)?;
         let read = async {
             while !model.is_synced() {

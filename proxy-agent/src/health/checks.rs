@@ -28,7 +28,10 @@ use super::{
     Health,
     listen::{BIND_RETRY, Families, listener},
 };
-use crate::state::{Family, HealthCheck, ServiceName};
+use crate::{
+    events::{Event, Events},
+    state::{Family, HealthCheck, ServiceName},
+};
 
 /// What load balancers are told, and where they may ask.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,9 +58,14 @@ impl Checks {
 }
 
 /// Serves what `checks` holds for ever; a change of endpoints alone need not wake anybody. A port that cannot be had is told
-/// once, counted in `failed`, and tried again; the others go on. Starts once every layer of `health` serves everything:
+/// once, in the log and to the cluster, counted in `failed`, and tried again; the others go on. Starts once every layer of `health` serves everything:
 /// before that no traffic shall come.
-pub async fn serve(checks: watch::Receiver<Checks>, health: Health, failed: Gauge) -> ! {
+pub async fn serve(
+    checks: watch::Receiver<Checks>,
+    health: Health,
+    failed: Gauge,
+    events: Events,
+) -> ! {
     for layer in &health.layers {
         if layer
             .status
@@ -76,6 +84,7 @@ pub async fn serve(checks: watch::Receiver<Checks>, health: Health, failed: Gaug
         checks: checks.clone(),
         health,
         failed,
+        events,
     };
     let mut changes = checks;
     loop {
@@ -106,6 +115,7 @@ struct Servers {
     checks: watch::Receiver<Checks>,
     health: Health,
     failed: Gauge,
+    events: Events,
 }
 
 struct Server {
@@ -191,6 +201,10 @@ impl Servers {
         for (service, error) in &failed {
             if self.told.get(service) != Some(error) {
                 tracing::error!(%service, error, retry = ?BIND_RETRY, "load balancers get no answer at the health-check node port of this Service, and will send it no traffic");
+                self.events.tell(Event::NoHealthCheck {
+                    service: service.clone(),
+                    why: error.clone(),
+                });
             }
         }
         let count = i64::try_from(failed.len());

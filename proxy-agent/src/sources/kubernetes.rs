@@ -4,26 +4,30 @@
 //! reached everything stays as it is; a list that is read again is compared by name with what is known, and only an object
 //! that a complete list lacks, or whose deletion was told, is gone.
 
-use std::{io, net::IpAddr, path::PathBuf, thread, time::Duration};
+use std::{io, thread, time::Duration};
 
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
-use kube::{
-    Api, Client, Config,
-    config::{KubeConfigOptions, Kubeconfig},
-};
+use kube::{Api, Client};
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
 
+pub use self::client::Access;
 use self::{
     collect::Collector,
     stream::{Item, Selector},
 };
-use super::Problem;
-use crate::model::{NodeName, Update};
+use super::{Followed, Problem};
+use crate::{
+    events::Events,
+    metrics::RestClientMetrics,
+    model::{NodeName, Update},
+};
 
+mod client;
 mod collect;
+mod events;
 mod stream;
 
 /// Selects what is for this proxy: not another proxy's, and not a headless Service's (pkg/proxy/config, kube-proxy's
@@ -34,52 +38,19 @@ const EVENTS: usize = 1_024;
 /// A Node that is not there when Services and slices are, because its list is refused or late, holds nobody up for longer.
 const NODE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Where the API server is, and who we are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// As this file says; the server may be another one.
-    Kubeconfig(PathBuf, Option<String>),
-    /// The pod's ServiceAccount, at the server that KUBERNETES_SERVICE_HOST and _PORT name, or at another one.
-    InCluster(Option<String>),
-}
-
 /// Why the API cannot be followed at all.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The kubeconfig cannot be used.
-    #[error("cannot use the kubeconfig {}: {cause}", path.display())]
-    Kubeconfig {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        cause: Box<kube::config::KubeconfigError>,
-    },
-    /// There is no ServiceAccount here.
-    #[error("cannot reach the API server as a pod: {0}; give --kubeconfig FILE")]
-    InCluster(Box<kube::config::InClusterError>),
-    /// `--master` is no address.
-    #[error("--master {text}: {cause}; use https://ADDRESS:PORT")]
-    Master {
-        /// What it says.
-        text: String,
-        /// Why.
-        cause: http::uri::InvalidUri,
-    },
-    /// Its certificates or credentials cannot be used.
-    #[error("cannot set up the connection to the API server at {server}: {cause}")]
-    Client {
-        /// Its address.
-        server: String,
-        /// Why.
-        cause: Box<kube::Error>,
-    },
+    /// There is no client.
+    #[error(transparent)]
+    Client(#[from] client::Error),
     /// No thread or no runtime to be had.
     #[error("cannot start following the API server: {0}")]
     Process(io::Error),
 }
 
-/// Starts to follow the API server on a thread of its own. The first update is everything that there is. The receiver holds
-/// what is wrong with it now; what is new is also logged, once. The thread ends when nobody takes updates any more.
+/// Starts to follow the API server on a thread of its own. The first update is everything that there is. What is wrong with it
+/// is also logged, once. The thread ends when nobody takes updates and tells Events any more.
 ///
 /// # Errors
 /// It cannot be followed; see [`Error`]. A server that does not answer is waited for.
@@ -87,23 +58,28 @@ pub fn start(
     access: &Access,
     here: NodeName,
     updates: mpsc::Sender<Update>,
-) -> Result<watch::Receiver<Vec<Problem>>, Error> {
+    metrics: &RestClientMetrics,
+) -> Result<Followed, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(Error::Process)?;
     let (problems, receiver) = watch::channel(Vec::new());
+    let (events, letters) = Events::channel();
     let (report, opened) = std::sync::mpsc::channel();
-    let access = access.clone();
+    let (access, metrics) = (access.clone(), metrics.clone());
     let work = move || {
         runtime.block_on(async {
-            match open(&access).await {
+            match client::open(&access, &metrics).await {
                 // Who asked is gone.
                 Err(error) => drop(report.send(Err(error))),
                 Ok((client, server)) => {
                     drop(report.send(Ok(())));
+                    let writer = tokio::spawn(events::write(client.clone(), here.clone(), letters));
                     let collector = Collector::new(here, server);
                     follow(client, collector, updates, problems).await;
+                    // The last Event is told when nobody takes updates any more. It ends with who tells.
+                    drop(writer.await);
                 }
             }
         });
@@ -115,52 +91,10 @@ pub fn start(
     let opened = opened.recv();
     opened
         .map_err(|_| Error::Process(io::Error::other("its thread ended early: this is a bug")))??;
-    Ok(receiver)
-}
-
-/// Reads who we are and where the server is, by its address if that is no name; sends nothing yet.
-async fn open(access: &Access) -> Result<(Client, Option<IpAddr>), Error> {
-    let config = config(access).await?;
-    let server = config.cluster_url.to_string();
-    tracing::info!(server, "following the API server");
-    let host = config.cluster_url.host().unwrap_or_default();
-    let address = host.trim_matches(['[', ']']).parse().ok();
-    let client = Client::try_from(config).map_err(|cause| Error::Client {
-        server,
-        cause: Box::new(cause),
-    })?;
-    Ok((client, address))
-}
-
-async fn config(access: &Access) -> Result<Config, Error> {
-    let (mut config, master) = match access {
-        Access::Kubeconfig(path, master) => {
-            let failed = |cause| Error::Kubeconfig {
-                path: path.clone(),
-                cause: Box::new(cause),
-            };
-            let file = Kubeconfig::read_from(path).map_err(failed)?;
-            let options = KubeConfigOptions::default();
-            let config = Config::from_custom_kubeconfig(file, &options).await;
-            (config.map_err(failed)?, master)
-        }
-        Access::InCluster(master) => {
-            let config = Config::incluster_env();
-            let config = config.map_err(|cause| Error::InCluster(Box::new(cause)))?;
-            (config, master)
-        }
-    };
-    if config.accept_invalid_certs {
-        // Nobody is trusted more than others: without any, the system's would be asked for, which an image need not have.
-        config.root_cert.get_or_insert_default();
-    }
-    if let Some(master) = master {
-        config.cluster_url = master.parse().map_err(|cause| Error::Master {
-            text: master.clone(),
-            cause,
-        })?;
-    }
-    Ok(config)
+    Ok(Followed {
+        problems: receiver,
+        events,
+    })
 }
 
 async fn follow(

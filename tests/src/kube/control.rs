@@ -5,16 +5,16 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::PathBuf,
-    process::Command,
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
     Component,
+    access::Authority,
     client::{Client, Request, TOKEN},
 };
 use crate::{Node, Service, Topology, topology::SWITCH, wait_for};
@@ -27,6 +27,7 @@ pub const NOBODY: &str = "nobody";
 const START: Duration = Duration::from_secs(120);
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
+const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/default/events";
 const SERVICES: &str = "/api/v1/namespaces/default/services";
 
 /// A control plane without controllers: what is applied stays as it is.
@@ -37,6 +38,7 @@ const SERVICES: &str = "/api/v1/namespaces/default/services";
 pub struct ControlPlane {
     pub(super) client: Client,
     pub(super) dir: PathBuf,
+    pub(super) authority: Authority,
     /// The EndpointSlices of each Service that was applied.
     slices: RefCell<BTreeMap<String, BTreeSet<String>>>,
     /// Arguments of every API server that is started.
@@ -65,7 +67,7 @@ impl ControlPlane {
         let place = topology.switch_place()?;
         let dir = topology.state_dir().join("control-plane");
         fs::create_dir_all(&dir)?;
-        make_keys(&dir)?;
+        let authority = Authority::new(&dir)?;
         fs::write(
             dir.join("tokens"),
             format!(
@@ -91,6 +93,7 @@ impl ControlPlane {
                 server: format!("https://{SWITCH}:6443"),
             },
             dir,
+            authority,
             slices: RefCell::default(),
             flags,
             controllers: Vec::new(),
@@ -117,6 +120,7 @@ impl ControlPlane {
                 .args(["--service-account-signing-key-file", &file("sa.key")])
                 .args(["--service-account-issuer", "https://kubernetes.default"])
                 .args(["--token-auth-file", &file("tokens")])
+                .args(["--client-ca-file", &file("ca.crt")])
                 .args(["--authorization-mode", "RBAC"])
                 .args([
                     "--service-cluster-ip-range",
@@ -221,6 +225,19 @@ impl ControlPlane {
         self.client.send(&requests).map(drop)
     }
 
+    /// The Events of the namespace `default`: also those about Nodes, which have none.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn events(&self) -> anyhow::Result<Vec<Value>> {
+        let list = self.client.send(&[Request::get(EVENTS)])?;
+        let mut list: Value = serde_json::from_str(&list)?;
+        let items = list["items"]
+            .as_array_mut()
+            .context("a list without items")?;
+        Ok(std::mem::take(items))
+    }
+
     /// Makes the Node object that a kube-proxy on `node` looks for.
     ///
     /// # Errors
@@ -257,50 +274,6 @@ impl ControlPlane {
         let request = Request::merge(&format!("/api/v1/nodes/{}", node.name()), patch);
         self.client.send(&[request]).map(drop)
     }
-
-    /// Writes a kubeconfig for a component with all rights.
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn kubeconfig(&self) -> anyhow::Result<PathBuf> {
-        self.kubeconfig_of(TOKEN)
-    }
-
-    /// Writes a kubeconfig for who has this token: [`KUBE_PROXY`], [`NOBODY`].
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn kubeconfig_of(&self, token: &str) -> anyhow::Result<PathBuf> {
-        let cluster = json!({"server": self.client.server, "insecure-skip-tls-verify": true});
-        self.write_kubeconfig(token, &cluster)
-    }
-
-    /// The same for an API server that is reached at this address, and has to prove who it is.
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn kubeconfig_at(&self, token: &str, server: &str) -> anyhow::Result<PathBuf> {
-        let cluster = json!({
-            "server": server,
-            "certificate-authority": self.dir.join("certs/apiserver.crt"),
-            "tls-server-name": "kubernetes.default.svc",
-        });
-        self.write_kubeconfig(token, &cluster)
-    }
-
-    fn write_kubeconfig(&self, token: &str, cluster: &Value) -> anyhow::Result<PathBuf> {
-        let config = json!({
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": "c", "cluster": cluster}],
-            "users": [{"name": "u", "user": {"token": token}}],
-            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-            "current-context": "x",
-        });
-        let path = self.dir.join(format!("kubeconfig-{token}"));
-        fs::write(&path, config.to_string())?;
-        Ok(path)
-    }
 }
 
 const ETCD: &str = "http://127.0.0.1:2379";
@@ -328,34 +301,4 @@ fn service_requests(name: &str, mut object: Value) -> Vec<Request> {
         requests.push(Request::apply(&format!("{path}/status"), object));
     }
     requests
-}
-
-/// The keys that service account tokens are signed with.
-fn make_keys(dir: &std::path::Path) -> anyhow::Result<()> {
-    let (key, public) = (dir.join("sa.key"), dir.join("sa.pub"));
-    let openssl = |command: &mut Command| -> anyhow::Result<()> {
-        let output = command.output().context("cannot run openssl")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "openssl: {said}");
-        Ok(())
-    };
-    openssl(
-        Command::new("openssl")
-            .args([
-                "ecparam",
-                "-genkey",
-                "-noout",
-                "-name",
-                "prime256v1",
-                "-out",
-            ])
-            .arg(&key),
-    )?;
-    openssl(
-        Command::new("openssl")
-            .args(["ec", "-pubout", "-in"])
-            .arg(&key)
-            .arg("-out")
-            .arg(&public),
-    )
 }

@@ -8,6 +8,7 @@ mod cluster;
 mod config;
 mod deploy;
 mod differential;
+mod events;
 mod nodes;
 mod pod;
 mod source;

@@ -1,6 +1,6 @@
 //! Services come from the API server.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use proxy_tests::{
@@ -13,6 +13,8 @@ use crate::cluster::{Cluster, assert_none_failed};
 
 /// The longest wait between two tries is a minute.
 const RECOVERY: Duration = Duration::from_secs(150);
+/// Of a machine that is gone a connection is known to be dead after 45 s; here it may be busy.
+const SILENCE: Duration = Duration::from_secs(60);
 const MODES: [&str; 2] = ["ebpf", "iptables"];
 
 /// A cluster whose agent follows the API server, and is not started.
@@ -105,6 +107,57 @@ fn without_the_api_server_all_goes_on_and_afterwards_what_was_missed_is_made_goo
             ensure!(count == 0.0, "{count} problems");
             Ok(())
         })?;
+        assert_none_failed(loads)
+    });
+}
+
+/// Nothing passes between the switch, where the API server is, and the node itself; or everything does again.
+fn cut(c: &Cluster, is_cut: bool) -> anyhow::Result<()> {
+    let place = c.scenario.topology.switch_place()?;
+    let verb = if is_cut { "-I" } else { "-D" };
+    for (chain, side) in [("INPUT", "-s"), ("OUTPUT", "-d")] {
+        let node = c.scenario.a.v4().to_string();
+        let rule = [verb, chain, side, &node, "-j", "DROP"];
+        let status = place.command("iptables")?.args(rule).status()?;
+        ensure!(status.success(), "iptables {rule:?}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_connection_that_dies_silently_is_told_of_and_made_anew() {
+    let args = ["--mode", "iptables"];
+    Cluster::run("source-silent", Variant::Nft, &args, |c| {
+        let (near, far) = (c.scenario.near.clone(), c.scenario.far.clone());
+        let outsider = c.scenario.topology.outsider()?;
+        c.control.apply_node(&c.scenario.a)?;
+        c.apply(&[&near])?;
+        let kubeconfig = c.control.kubeconfig_of(KUBE_PROXY)?;
+        c.scenario.agent.follow_api(&kubeconfig);
+        c.scenario.agent.spawn()?;
+        c.scenario.agent.wait_ready()?;
+        c.wait_served_by(&[&near])?;
+        let loads = c.load(&outsider)?;
+        cut(c, true)?;
+        let since = Instant::now();
+        wait_for("the agent notices", SILENCE, || {
+            let problems = c.scenario.agent.metric("proxy_agent_source_problems", "")?;
+            ensure!(
+                problems >= 3.0,
+                "{problems} kinds are known not to be followed"
+            );
+            Ok(())
+        })?;
+        println!("noticed after {:?}", since.elapsed());
+        let log = c.scenario.agent.log();
+        ensure!(
+            log.contains("what is known stays in use, trying again"),
+            "{log}"
+        );
+        c.apply(&[&far])?;
+        cut(c, false)?;
+        wait_for("the change arrives", RECOVERY, || c.wait_served_by(&[&far]))?;
         assert_none_failed(loads)
     });
 }

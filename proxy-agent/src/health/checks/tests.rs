@@ -5,8 +5,11 @@ use std::{
     time::Duration,
 };
 
+use tokio::sync::mpsc;
+
 use super::*;
 use crate::{
+    events::Letter,
     health::{SelfTest, Watched},
     sync::{Inbox, SyncStatus},
 };
@@ -18,6 +21,7 @@ struct World {
     checks: watch::Sender<Checks>,
     layer: watch::Sender<SyncStatus>,
     failed: Gauge,
+    told: mpsc::Receiver<Letter>,
 }
 
 impl World {
@@ -34,11 +38,13 @@ impl World {
         let health = health(&layer, long_ago);
         let checks = watch::Sender::new(checks);
         let failed = Gauge::default();
-        tokio::spawn(serve(checks.subscribe(), health, failed.clone()));
+        let (events, told) = Events::channel();
+        tokio::spawn(serve(checks.subscribe(), health, failed.clone(), events));
         Self {
             checks,
             layer,
             failed,
+            told,
         }
     }
 
@@ -184,10 +190,10 @@ async fn servers_move_with_their_port_and_end_with_their_service() {
 }
 
 #[tokio::test]
-async fn a_taken_port_is_counted_and_the_others_go_on() {
+async fn a_taken_port_is_counted_and_told_and_the_others_go_on() {
     let (taken, free) = (free_port(), free_port());
     let other = std::net::TcpListener::bind((V4, taken)).unwrap();
-    let world = World::start(&[
+    let mut world = World::start(&[
         ("default/a", taken, 1),
         ("default/b", free, 1),
         ("default/c", free, 0),
@@ -195,6 +201,11 @@ async fn a_taken_port_is_counted_and_the_others_go_on() {
     wait(V4, free, is("200")).await;
     // Of two that want one port, the first by name has it.
     assert_eq!(world.failed.get(), 2);
+    let mut told = Vec::new();
+    while let Ok((Event::NoHealthCheck { service, .. }, None)) = world.told.try_recv() {
+        told.push(service.to_string());
+    }
+    assert_eq!(told, ["default/a", "default/c"]);
     drop(other);
     world.set(&[("default/a", taken, 1), ("default/b", free, 1)]);
     wait(V4, taken, is("200")).await;
@@ -223,7 +234,7 @@ async fn nobody_is_answered_before_the_layers_serve() {
         addresses: [V4].into(),
     };
     let (_kept, checks) = watch::channel(checks);
-    tokio::spawn(serve(checks, health, Gauge::default()));
+    tokio::spawn(serve(checks, health, Gauge::default(), Events::default()));
     tokio::task::yield_now().await;
     assert_eq!(ask(V4, port).await, None);
     layer.send_modify(|status| status.is_synced = true);

@@ -14,6 +14,8 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, time::timeout};
 
+use super::client::causes;
+
 /// A streamed list has given no object for this long: an old server streams without ever saying that it is complete.
 const STALLED: Duration = Duration::from_secs(15);
 
@@ -117,31 +119,24 @@ fn is_refused(error: &watcher::Error) -> bool {
     [400, 422].contains(&status.code)
 }
 
-/// What failed; for a right that is missing, which one.
+/// What failed, and what to do about it; for a right that is missing, which one.
 fn explain<K: Resource<DynamicType = ()>>(error: &watcher::Error) -> String {
     let resource = K::plural(&());
-    let is_forbidden = match error {
+    let code = match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(kube::Error::Api(status))
-        | watcher::Error::WatchFailed(kube::Error::Api(status)) => status.is_forbidden(),
-        watcher::Error::WatchError(status) => status.is_forbidden(),
-        _ => false,
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) => status.code,
+        watcher::Error::WatchError(status) => status.code,
+        _ => 0,
     };
-    let remedy = match is_forbidden {
-        true => format!(
+    let remedy = match code {
+        401 => "; the API server does not know who this is: are the credentials out of date, or for another cluster?".to_owned(),
+        403 => format!(
             "; its ClusterRole needs the rule {{apiGroups: [\"{}\"], resources: [\"{resource}\"], verbs: [\"list\", \"watch\"]}}",
             K::group(&())
         ),
-        false => String::new(),
+        _ => String::new(),
     };
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(of) = cause {
-        let more = of.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = of.source();
-    }
+    let text = causes(error);
     format!("{text}{remedy}; what is known stays in use, trying again")
 }
