@@ -165,3 +165,6 @@ fn publish(collector: &Collector, problems: &watch::Sender<Vec<Problem>>) {
         is_new
     });
 }
+
+#[cfg(test)]
+mod tests;

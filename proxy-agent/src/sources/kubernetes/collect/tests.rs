@@ -1,3 +1,4 @@
+use proptest::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -288,4 +289,35 @@ fn a_deleted_node_is_remembered_and_other_nodes_are_nobodys_business() {
         ],
     );
     assert_eq!(collector.objects(), None);
+}
+
+proptest! {
+    /// Whatever a watch tells, and however often: what was told last holds, and nobody is told of changes that are none twice.
+    #[test]
+    fn the_last_that_was_told_of_each_holds(told in prop::collection::vec((0..4u8, prop::option::of(1..4u16), 1..3u8), 0..40)) {
+        let mut collector = full();
+        let mut expected = BTreeMap::from([("default/a".to_owned(), 80), ("default/b".to_owned(), 80)]);
+        let mut found = expected.clone();
+        for (number, port, times) in told {
+            let name = ["a", "b", "c", "d"][usize::from(number)];
+            for _ in 0..times {
+                let object = service(name, port.unwrap_or(1).into());
+                collector.take(Item::Service(event_of(match port {
+                    Some(_) => Event::Apply(object),
+                    None => Event::Delete(object),
+                })));
+            }
+            match port {
+                Some(port) => drop(expected.insert(format!("default/{name}"), port)),
+                None => drop(expected.remove(&format!("default/{name}"))),
+            }
+            for (name, service) in collector.objects().unwrap_or_default().services {
+                match service {
+                    Some(service) => drop(found.insert(name.to_string(), service.ports[0].port.get())),
+                    None => prop_assert!(found.remove(name.as_str()).is_some(), "{name} is gone twice"),
+                }
+            }
+        }
+        prop_assert_eq!(found, expected);
+    }
 }
