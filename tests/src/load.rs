@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{self, Read},
     net::{SocketAddr, TcpStream, UdpSocket},
+    ops::Range,
     path::PathBuf,
     sync::{
         Arc,
@@ -22,8 +23,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::server::any_port;
 
-/// Failures that a report spells out; the others are counted.
+/// Failures that a report spells out, unless the plan says otherwise; the others are counted.
 const SPELLED_OUT: usize = 20;
+/// Where [`Talk::FreshUdp`] comes from, one after the other.
+const FRESH_PORTS: Range<u16> = 32_768..61_000;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How the load talks to its targets.
@@ -35,6 +38,8 @@ pub enum Talk {
     Udp,
     /// One connected socket per thread and target, replaced when it fails.
     ConnectedUdp,
+    /// A new socket each time, from another port than those before: connection tracking still knows their flows.
+    FreshUdp,
 }
 
 /// What a load generator does.
@@ -50,6 +55,8 @@ pub struct LoadPlan {
     pub pause: Duration,
     /// Where to write a [`Record`] per success.
     pub record: Option<PathBuf>,
+    /// How many failures to spell out.
+    pub spelled_out: usize,
 }
 
 impl LoadPlan {
@@ -61,6 +68,7 @@ impl LoadPlan {
             threads: 1,
             pause: Duration::ZERO,
             record: None,
+            spelled_out: SPELLED_OUT,
         }
     }
 }
@@ -147,12 +155,12 @@ impl LoadReport {
         self.answers.values().sum()
     }
 
-    fn add(&mut self, other: Self) {
+    fn add(&mut self, other: Self, spelled_out: usize) {
         for (identity, count) in other.answers {
             *self.answers.entry(identity).or_default() += count;
         }
         self.failed += other.failed;
-        let room = SPELLED_OUT.saturating_sub(self.failures.len());
+        let room = spelled_out.saturating_sub(self.failures.len());
         self.failures.extend(other.failures.into_iter().take(room));
     }
 }
@@ -175,6 +183,7 @@ struct Running {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<(LoadReport, Vec<u8>)>>,
     record: Option<PathBuf>,
+    spelled_out: usize,
 }
 
 impl Loads {
@@ -193,6 +202,7 @@ impl Loads {
                 stop,
                 threads,
                 record: plan.record,
+                spelled_out: plan.spelled_out,
             },
         );
         self.next
@@ -208,6 +218,7 @@ impl Loads {
             stop,
             threads,
             record,
+            spelled_out,
         } = running.ok_or_else(|| io::Error::other("no such load"))?;
         stop.store(true, Ordering::Relaxed);
         let mut report = LoadReport::default();
@@ -216,7 +227,7 @@ impl Loads {
             let (part, bytes) = thread
                 .join()
                 .map_err(|_| io::Error::other("a load generator panicked"))?;
-            report.add(part);
+            report.add(part, spelled_out);
             records.extend(bytes);
         }
         if let Some(path) = record {
@@ -230,6 +241,7 @@ fn generate(plan: &LoadPlan, number: usize, stop: &AtomicBool) -> (LoadReport, V
     let mut report = LoadReport::default();
     let mut records = Vec::new();
     let mut sockets = BTreeMap::new();
+    let mut ports = FRESH_PORTS.cycle();
     // Threads begin at different targets.
     let skip = number * plan.targets.len() / plan.threads.max(1);
     let targets = plan.targets.iter().enumerate().cycle().skip(skip);
@@ -242,6 +254,7 @@ fn generate(plan: &LoadPlan, number: usize, stop: &AtomicBool) -> (LoadReport, V
             Talk::Tcp => ask_tcp(target),
             Talk::Udp => ask_udp(&mut sockets, any_port(target), target, false),
             Talk::ConnectedUdp => ask_udp(&mut sockets, target, target, true),
+            Talk::FreshUdp => ask_udp_from(&mut ports, target),
         };
         let end_ns = now_ns();
         match answer {
@@ -260,7 +273,7 @@ fn generate(plan: &LoadPlan, number: usize, stop: &AtomicBool) -> (LoadReport, V
             }
             Err(error) => {
                 report.failed += 1;
-                if report.failures.len() < SPELLED_OUT {
+                if report.failures.len() < plan.spelled_out {
                     let error = error.to_string();
                     report.failures.push(Failure {
                         start_ns,
@@ -304,32 +317,51 @@ fn ask_udp(
 ) -> io::Result<String> {
     if let Entry::Vacant(entry) = sockets.entry(key) {
         let socket = UdpSocket::bind(any_port(target))?;
-        socket.set_read_timeout(Some(PATIENCE))?;
         if connected {
             socket.connect(target)?;
         }
         entry.insert(socket);
     }
-    let exchange = |socket: &UdpSocket| {
-        let mut buffer = [0; 64];
-        if connected {
-            socket.send(b"?")?;
-        } else {
-            socket.send_to(b"?", target)?;
-        }
-        let (length, from) = socket.recv_from(&mut buffer)?;
-        if from != target {
-            return Err(io::Error::other(format!("an answer from {from}")));
-        }
-        identity(&buffer, length, ' ')
-    };
-    let answer = sockets
-        .get(&key)
-        .map_or_else(|| Err(io::Error::other("no socket")), exchange);
+    let answer = sockets.get(&key).map_or_else(
+        || Err(io::Error::other("no socket")),
+        |socket| exchange_datagrams(socket, target, connected),
+    );
     if answer.is_err() {
         sockets.remove(&key);
     }
     answer
+}
+
+/// From a new socket at the next of `ports` that is free.
+fn ask_udp_from(ports: &mut impl Iterator<Item = u16>, target: SocketAddr) -> io::Result<String> {
+    let mut from = any_port(target);
+    loop {
+        from.set_port(ports.next().ok_or(io::ErrorKind::AddrNotAvailable)?);
+        match UdpSocket::bind(from) {
+            Ok(socket) => return exchange_datagrams(&socket, target, false),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn exchange_datagrams(
+    socket: &UdpSocket,
+    target: SocketAddr,
+    connected: bool,
+) -> io::Result<String> {
+    socket.set_read_timeout(Some(PATIENCE))?;
+    if connected {
+        socket.send(b"?")?;
+    } else {
+        socket.send_to(b"?", target)?;
+    }
+    let mut buffer = [0; 64];
+    let (length, from) = socket.recv_from(&mut buffer)?;
+    if from != target {
+        return Err(io::Error::other(format!("an answer from {from}")));
+    }
+    identity(&buffer, length, ' ')
 }
 
 fn identity(buffer: &[u8], length: usize, end: char) -> io::Result<String> {

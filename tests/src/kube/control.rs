@@ -1,10 +1,10 @@
 //! etcd and the API server, at the address of the topology's switch.
 
 use std::{
-    cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     fs,
     path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -40,7 +40,7 @@ pub struct ControlPlane {
     pub(super) dir: PathBuf,
     pub(super) authority: Authority,
     /// The EndpointSlices of each Service that was applied.
-    slices: RefCell<BTreeMap<String, BTreeSet<String>>>,
+    slices: Mutex<BTreeMap<String, BTreeSet<String>>>,
     /// Arguments of every API server that is started.
     flags: &'static [&'static str],
     // Who asks the API server goes before it, and that before what it asks.
@@ -94,7 +94,7 @@ impl ControlPlane {
             },
             dir,
             authority,
-            slices: RefCell::default(),
+            slices: Mutex::default(),
             flags,
             controllers: Vec::new(),
             api: None,
@@ -198,8 +198,7 @@ impl ControlPlane {
                 }
             }
             let before = self
-                .slices
-                .borrow_mut()
+                .slices()
                 .insert(service.name().to_owned(), names.clone());
             let gone = before.unwrap_or_default();
             requests.extend(
@@ -215,7 +214,7 @@ impl ControlPlane {
     /// # Errors
     /// The API server refuses.
     pub fn delete(&self, service: &str) -> anyhow::Result<()> {
-        let slices = self.slices.borrow_mut().remove(service);
+        let slices = self.slices().remove(service);
         let slices = slices.unwrap_or_default();
         let slices = slices
             .iter()
@@ -236,6 +235,10 @@ impl ControlPlane {
             .as_array_mut()
             .context("a list without items")?;
         Ok(std::mem::take(items))
+    }
+
+    fn slices(&self) -> MutexGuard<'_, BTreeMap<String, BTreeSet<String>>> {
+        self.slices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the Node object that a kube-proxy on `node` looks for.

@@ -133,10 +133,23 @@ impl KubeProxy {
         mode: Mode,
         periods: Periods,
     ) -> anyhow::Result<Self> {
-        Self::spawn_sharing(control, node, mode, periods, json!({}))
+        Self::spawn_by(control, node, mode, periods, json!({}))
     }
 
-    fn spawn_sharing(
+    /// Starts one by a file that an agent can read as well: `own` are the options that only the agent has.
+    ///
+    /// # Errors
+    /// As [`KubeProxy::spawn`].
+    pub fn spawn_sharing(
+        control: &ControlPlane,
+        node: &Node,
+        mode: Mode,
+        own: Value,
+    ) -> anyhow::Result<Self> {
+        Self::spawn_by(control, node, mode, QUICK, own)
+    }
+
+    fn spawn_by(
         control: &ControlPlane,
         node: &Node,
         mode: Mode,
@@ -172,7 +185,7 @@ impl KubeProxy {
         })
     }
 
-    /// One that serves, by a file that an agent can read as well: `own` are the options that only the agent has.
+    /// One that serves, started as by [`KubeProxy::spawn_sharing`].
     ///
     /// # Errors
     /// As [`KubeProxy::start`].
@@ -182,7 +195,7 @@ impl KubeProxy {
         mode: Mode,
         own: Value,
     ) -> anyhow::Result<Self> {
-        let mut proxy = Self::spawn_sharing(control, node, mode, QUICK, own)?;
+        let mut proxy = Self::spawn_sharing(control, node, mode, own)?;
         proxy.wait_synced()?;
         Ok(proxy)
     }

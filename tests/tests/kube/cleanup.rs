@@ -1,4 +1,4 @@
-//! `cleanup` beside another proxy, and `cleanup --kube-proxy` beside the agent: neither cuts anybody's traffic.
+//! `cleanup --kube-proxy` beside the agent cuts nobody's traffic. `cleanup` beside kube-proxy: `migration`.
 
 use std::process::Output;
 
@@ -38,47 +38,6 @@ fn restore(c: &Cluster, variant: Variant, text: &str) -> anyhow::Result<()> {
         .a
         .output(&tool, &["--noflush", "-w", "10", &file])?;
     Ok(())
-}
-
-fn beside_kube_proxy(name: &str, mode: Mode, variant: Variant) {
-    Cluster::run(name, variant, &ARGS, |c| {
-        let (near, far) = (c.scenario.near.clone(), c.scenario.far.clone());
-        let outsider = c.scenario.topology.outsider()?;
-        c.apply(&[&near, &far])?;
-        c.scenario.agent.spawn()?;
-        c.scenario.agent.wait_ready()?;
-        c.wait_served_by(&[&near, &far])?;
-        c.scenario.agent.stop()?;
-        let node = c.scenario.a.clone();
-        let kube_proxy = KubeProxy::start(&c.control, &node, mode)?;
-        c.wait_served_by(&[&near, &far])?;
-        let loads = c.load(&outsider)?;
-        c.scenario.agent.text(&["cleanup"])?;
-        let rules = c.rules(variant)?;
-        ensure!(
-            !rules.contains("PROXY-AGENT-") && !rules.contains("KUBE-SVC-D-"),
-            "{rules}"
-        );
-        ensure!(!node.bpf_dir().exists(), "the directory is still there");
-        let refused = c.scenario.agent.run(&["cleanup", "--kube-proxy"])?;
-        ensure!(refused.status.code() == Some(1), "{refused:?}");
-        ensure!(
-            said(&refused).contains("another proxy serves this node"),
-            "{refused:?}"
-        );
-        c.wait_served_by(&[&near, &far])?;
-        assert_none_failed(loads)?;
-        kube_proxy.stop()
-    });
-}
-
-#[test]
-#[ignore = "needs root"]
-fn cleanup_leaves_a_running_kube_proxy_its_rules() {
-    let mode = Mode::Iptables(Variant::Nft);
-    beside_kube_proxy("cleanup-nft", mode, Variant::Nft);
-    let mode = Mode::Iptables(Variant::Legacy);
-    beside_kube_proxy("cleanup-legacy", mode, Variant::Legacy);
 }
 
 #[test]

@@ -7,14 +7,14 @@ use proxy_tests::{
     Endpoint, Peer, Pod, Scenario, Service,
     kube::{ControlPlane, Variant},
     load::{LoadPlan, LoadReport, Talk},
-    peer::{Load, PATIENCE, Socket},
+    peer::Load,
     scenario::{OFTEN, SOON, TCP, TCP_TARGET, UDP, UDP_TARGET, fails_with, passes, who_tcp},
     wait_for,
 };
 
 pub const NODE_PORT: u16 = 30_080;
 /// Of the Service that every cluster here has, in both families; not the first ones, which are the API server's.
-const VIPS: [&str; 2] = ["10.96.0.20", "fd00:10:96::20"];
+pub const VIPS: [&str; 2] = ["10.96.0.20", "fd00:10:96::20"];
 
 pub struct Cluster {
     // Before the topology in which it runs.
@@ -129,19 +129,6 @@ impl Cluster {
                 Ok((name, client.start_load(plan)?))
             })
             .collect()
-    }
-
-    /// A connection that lasts, from each client to wherever it finds the Service.
-    pub fn connect(&self, outsider: &Pod) -> anyhow::Result<Vec<(&'static str, Socket)>> {
-        let mut connections = Vec::new();
-        for (name, client, targets) in self.clients(outsider)? {
-            for to in targets {
-                let connection = client.connect_tcp(to)?;
-                connection.receive(PATIENCE)?;
-                connections.push((name, connection));
-            }
-        }
-        Ok(connections)
     }
 
     /// Waits until the agent has written this.

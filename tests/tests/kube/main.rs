@@ -11,6 +11,6 @@ mod deploy;
 mod differential;
 mod events;
 mod nodes;
+mod migration;
 mod pod;
 mod source;
-mod swap;
