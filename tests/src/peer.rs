@@ -5,8 +5,10 @@
 mod process;
 mod protocol;
 mod sockets;
+mod survey;
 
 pub use process::run;
+pub use survey::{Heard, Question, Transport};
 
 use std::{
     io::{self, BufRead, BufReader, Write},
@@ -207,6 +209,17 @@ impl Peer {
         }
     }
 
+    /// Asks each question up to `tries` times; those that nobody answers wait together. One answer for each, in order.
+    ///
+    /// # Errors
+    /// The helper is gone.
+    pub fn survey(&self, questions: Vec<Question>, tries: usize) -> io::Result<Vec<Heard>> {
+        match self.call(&Request::Survey { questions, tries })? {
+            Response::Surveyed { heard } => Ok(heard),
+            other => Err(io::Error::other(format!("unexpected answer {other:?}"))),
+        }
+    }
+
     /// Starts a load generator.
     ///
     /// # Errors
@@ -354,6 +367,12 @@ impl Load {
             other => anyhow::bail!("unexpected answer {other:?}"),
         }
     }
+}
+
+/// The standard library's own timeouts carry no number.
+fn errno_of(error: &io::Error) -> Option<i32> {
+    let timeout = (error.kind() == io::ErrorKind::TimedOut).then_some(libc::ETIMEDOUT);
+    error.raw_os_error().or(timeout)
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -250,7 +250,11 @@ impl ControlPlane {
         let object = json!({
             "apiVersion": "v1",
             "kind": "Node",
-            "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+            "metadata": {"name": name, "labels": {
+                "kubernetes.io/hostname": name,
+                // As in the files: node-a is in zone-a.
+                "topology.kubernetes.io/zone": name.replace("node", "zone"),
+            }},
         });
         let addresses = [
             json!({"type": "InternalIP", "address": node.v4()}),

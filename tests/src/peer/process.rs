@@ -7,14 +7,12 @@ use std::{
 };
 
 use super::{
+    errno_of,
     protocol::{Request, Response},
     sockets::Sockets,
+    survey::{self, Ports},
 };
 use crate::{load::Loads, sctp, server};
-
-/// Where associations come from.
-const FIRST_PORT: u16 = 40_000;
-const PORTS: u16 = 20_000;
 
 /// The helper's process: answers requests until its input ends.
 ///
@@ -38,17 +36,11 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The standard library's own timeouts carry no number.
-fn errno_of(error: &io::Error) -> Option<i32> {
-    let timeout = (error.kind() == io::ErrorKind::TimedOut).then_some(libc::ETIMEDOUT);
-    error.raw_os_error().or(timeout)
-}
-
 #[derive(Default)]
 struct State {
     sockets: Sockets,
     loads: Loads,
-    associations: u16,
+    ports: Ports,
 }
 
 impl State {
@@ -66,10 +58,8 @@ impl State {
             }
             Request::ServeUdp { address, identity } => server::udp(address, identity)?,
             Request::AskSctp { to, patience_ms } => {
-                // Another port each time, or conntrack knows the flow already.
-                self.associations = self.associations.wrapping_add(1);
-                let source = FIRST_PORT + self.associations % PORTS;
-                let text = sctp::ask(source, to, Duration::from_millis(patience_ms))?;
+                let patience = Duration::from_millis(patience_ms);
+                let text = sctp::ask(self.ports.next(), to, patience)?;
                 return Ok(Response::Received { from: None, text });
             }
             Request::TcpOpen {
@@ -103,6 +93,11 @@ impl State {
                 });
             }
             Request::Close { socket } => sockets.close(socket),
+            Request::Survey { questions, tries } => {
+                return Ok(Response::Surveyed {
+                    heard: survey::ask(&questions, tries, &self.ports),
+                });
+            }
             Request::StartLoad { plan } => {
                 return Ok(Response::Opened {
                     number: self.loads.start(plan),

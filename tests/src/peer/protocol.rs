@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::survey::{Heard, Question};
 use crate::load::{LoadPlan, LoadReport};
 
 /// What a helper process is asked to do.
@@ -53,6 +54,10 @@ pub(super) enum Request {
     Close {
         socket: u32,
     },
+    Survey {
+        questions: Vec<Question>,
+        tries: usize,
+    },
     StartLoad {
         plan: LoadPlan,
     },
@@ -75,6 +80,9 @@ pub(super) enum Response {
     },
     Address {
         address: SocketAddr,
+    },
+    Surveyed {
+        heard: Vec<Heard>,
     },
     Load {
         report: LoadReport,

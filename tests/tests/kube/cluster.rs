@@ -74,12 +74,6 @@ impl Cluster {
         Ok(())
     }
 
-    /// Waits until the agent's kernel holds what the API server has: a Service more comes and goes by the same way.
-    pub fn wait_all_applied(&self) -> anyhow::Result<()> {
-        self.apply(&[&self.scenario.near])?;
-        self.wait_served_by(&[&self.scenario.near])
-    }
-
     /// Waits until the client is refused, wherever the Service is found.
     pub fn wait_refused(&self) -> anyhow::Result<()> {
         let client = self.scenario.client.peer()?;

@@ -1,96 +1,184 @@
 //! Random Services: the real kube-proxy and the agent, one after the other on the same node, answer every question the same.
 //!
 //! A seed that fails is run again by `PROXY_SEED=N cargo xtask test --level kube random`; `cargo xtask fuzz-diff` goes on
-//! with others.
+//! with others. What differs is shrunk before it is printed.
 
-use std::{collections::BTreeSet, env};
+use std::{
+    env,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use proxy_tests::{
-    Pod,
-    differential::{Answers, World, agree},
+    Endpoint, Pod, Service,
+    differential::{Answers, Comparison, World},
     kube::{KubeProxy, Mode, Variant},
-    scenario::SOURCES,
+    scenario::{OFTEN, SOON, SOURCES, TCP_TARGET, who_tcp},
+    wait_for,
 };
 use serde_json::json;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, VIPS};
 
 /// What every run of the tests tries, unless PROXY_SEED says otherwise.
-const OF_RULES: u64 = 1;
-const OF_BOTH_LAYERS: u64 = 2;
+const SEEDS: [u64; 2] = [1, 2];
+/// Then the smallest world so far is printed.
+const SHRINK: Duration = Duration::from_secs(300);
+/// A cluster in which worlds are tried.
+struct Trial<'a> {
+    c: &'a mut Cluster,
+    outsider: Pod,
+    /// How often the Service that shows who has seen what was changed.
+    marks: u16,
+}
 
-fn compare(world: &World, its: &Answers, ours: &Answers, has_sockets: bool) -> anyhow::Result<()> {
-    let mut differences = Vec::new();
-    let mut services = BTreeSet::new();
-    for (question, (client, ours)) in ours {
-        let (_, its) = its
-            .get(question)
-            .with_context(|| format!("{question} was not asked"))?;
-        if !agree(*client, ours, its, has_sockets) {
-            differences.push(format!("{question}: {ours:?}, kube-proxy {its:?}"));
-            services.extend(question.split(':').next());
+impl Trial<'_> {
+    /// Brings the world to a moment, and waits until whoever serves the node has seen all of it.
+    fn apply(&mut self, world: &World, moment: usize) -> anyhow::Result<()> {
+        self.c
+            .control
+            .apply_all(&world.services(moment, &self.c.scenario))?;
+        self.marks += 1;
+        let s = &self.c.scenario;
+        // Services and slices come by two ways, and each family and layer is written by itself: a mark in all of them.
+        let pod = if self.marks.is_multiple_of(2) {
+            &s.near
+        } else {
+            &s.far
+        };
+        let (port, node_port) = (1_000 + self.marks, 31_500 + self.marks);
+        let vips = VIPS.map(|vip| vip.parse().expect("an address"));
+        let node = s.endpoint(pod).node().to_owned();
+        let mark = Service::new("mark", &vips)
+            .port("http", "TCP", port, TCP_TARGET)
+            .node_port(node_port)
+            .endpoints([false, true].map(|v6| Endpoint::new(pod.address(v6), &node)));
+        self.c.control.apply(&mark)?;
+        let (client, outsider) = (s.client.peer()?, self.outsider.peer()?);
+        let vips = vips.map(|vip: IpAddr| (&client, SocketAddr::new(vip, port)));
+        let nodes = [false, true].map(|v6| (&outsider, (s.a.address(v6), node_port).into()));
+        for (peer, to) in vips.into_iter().chain(nodes) {
+            wait_for("the mark is served", SOON, || {
+                let who = who_tcp(peer, to, OFTEN)?;
+                ensure!(who == [pod.name().to_owned()].into(), "{who:?}");
+                Ok(())
+            })?;
         }
+        Ok(())
     }
-    match differences.is_empty() {
-        true => Ok(()),
-        false => bail!("{differences:#?}\n{}", world.to_yaml(&services)?),
+
+    /// Asks everything. A UDP flow of an earlier round, whose port a socket gets again, would go where that went.
+    fn ask(&self, world: &World, moment: usize) -> anyhow::Result<Answers> {
+        self.c.scenario.a.output("conntrack", &["--flush"])?;
+        let start = Instant::now();
+        let answers = world.ask(moment, &self.c.scenario, &self.outsider)?;
+        println!(
+            "moment {moment}: {} questions, {:?}",
+            answers.len(),
+            start.elapsed()
+        );
+        Ok(answers)
+    }
+
+    /// All questions at all moments: kube-proxy goes through them from the first to the last, the agent from there back.
+    fn compare(&mut self, world: &World, mode: Mode, own: &str) -> anyhow::Result<Vec<String>> {
+        let node = self.c.scenario.a.clone();
+        let config = json!({"mode": own});
+        let services = world.services(0, &self.c.scenario);
+        self.c.control.apply_all(&services)?;
+        let kube_proxy = KubeProxy::start_sharing(&self.c.control, &node, mode, config)?;
+        let mut its = Vec::new();
+        for moment in 0..world.moments() {
+            self.apply(world, moment)?;
+            its.push(self.ask(world, moment)?);
+        }
+        let agent = &mut self.c.scenario.agent;
+        agent.read_config(kube_proxy.config());
+        kube_proxy.stop()?;
+        agent.spawn()?;
+        agent.wait_ready()?;
+        let mut found = Vec::new();
+        for moment in (0..world.moments()).rev() {
+            self.apply(world, moment)?;
+            let ours = self.ask(world, moment)?;
+            let comparison = Comparison {
+                has_sockets: own == "ebpf",
+                mode,
+            };
+            let differences = comparison.differences(&its[moment], &ours);
+            found.extend(
+                differences
+                    .iter()
+                    .map(|it| format!("moment {moment}, {it}")),
+            );
+        }
+        self.c.scenario.agent.stop()?;
+        self.c.scenario.agent.text(&["cleanup"])?;
+        for service in world.services(0, &self.c.scenario) {
+            self.c.control.delete(service.name())?;
+        }
+        Ok(found)
+    }
+
+    fn assert_same(&mut self, world: World, mode: Mode, own: &str) -> anyhow::Result<()> {
+        let found = self.compare(&world, mode, own)?;
+        if found.is_empty() {
+            return Ok(());
+        }
+        println!("{found:#?}\nshrinking");
+        let end = Instant::now() + SHRINK;
+        let mut last = found;
+        let small = world.shrink(|world| {
+            if Instant::now() > end {
+                return false;
+            }
+            let found = self.compare(world, mode, own).unwrap_or_default();
+            let fails = !found.is_empty();
+            if fails {
+                last = found;
+            }
+            fails
+        });
+        bail!("{last:#?}\n{}", small.to_yaml(&self.c.scenario)?)
     }
 }
 
-/// Asks everything. A UDP flow of an earlier round, whose port a socket gets again, would go where that went.
-fn ask(c: &Cluster, world: &World, outsider: &Pod) -> anyhow::Result<Answers> {
-    c.scenario.a.output("conntrack", &["--flush"])?;
-    world.ask(&c.scenario, outsider)
-}
-
-fn answers_the_same(mode: Mode, own: &str, seed: u64) {
+/// Each kube-proxy against an agent in this mode.
+fn answers_are_the_same(seed: u64, pairs: [(Mode, &str); 2]) {
     let given = env::var("PROXY_SEED").map(|seed| seed.parse().expect("PROXY_SEED is a number"));
     let seed = given.unwrap_or(seed);
-    let name = format!("random-{own}-{seed}");
-    Cluster::run(&name, Variant::Nft, &[], |c| {
-        let node = c.scenario.a.clone();
-        let outsider = c.scenario.topology.outsider()?;
+    Cluster::run(&format!("random-{seed}"), Variant::Nft, &[], |c| {
+        // Rejections are to be heard, however many there are at a time.
+        for limit in ["ipv4.icmp_ratelimit", "ipv6.icmp.ratelimit"] {
+            let setting = format!("net.{limit}=0");
+            c.scenario.a.output("sysctl", &["-qw", &setting])?;
+        }
         c.scenario.serve_sources()?;
         c.scenario.client.peer()?.serve_sources(SOURCES, "client")?;
-        let world = World::new(seed, &c.scenario);
-        c.control.apply_all(&world.services)?;
-        let own = json!({"mode": own, "socketLease": "3s"});
-        let has_sockets = own["mode"] == "ebpf";
-        let kube_proxy = KubeProxy::start_sharing(&c.control, &node, mode, own.clone())?;
-        let its = ask(c, &world, &outsider)?;
-        c.scenario.agent.read_config(kube_proxy.config());
-        kube_proxy.stop()?;
-        c.scenario.agent.spawn()?;
-        c.scenario.agent.wait_ready()?;
-        c.wait_log("what kube-proxy left is removed")?;
-        let ours = ask(c, &world, &outsider)?;
-        compare(&world, &its, &ours, has_sockets).with_context(|| format!("seed {seed}"))?;
-        println!("seed {seed}: {} questions", ours.len());
-
-        // And after a change, which the agent sees and the new kube-proxy finds.
-        let world = world.changed(seed + 1_000, &c.scenario);
-        c.control.apply_all(&world.services)?;
-        c.wait_all_applied()?;
-        let ours = ask(c, &world, &outsider)?;
-        c.scenario.agent.stop()?;
-        c.scenario.agent.text(&["cleanup"])?;
-        let kube_proxy = KubeProxy::start_sharing(&c.control, &node, mode, own)?;
-        let its = ask(c, &world, &outsider)?;
-        compare(&world, &its, &ours, has_sockets)
-            .with_context(|| format!("seed {seed}, changed"))?;
-        kube_proxy.stop()
+        let mut trial = Trial {
+            outsider: c.scenario.topology.outsider()?,
+            c,
+            marks: 0,
+        };
+        for (mode, own) in pairs {
+            let done = trial.assert_same(World::new(seed), mode, own);
+            done.with_context(|| format!("seed {seed}, {own} against {mode}"))?;
+        }
+        Ok(())
     });
 }
 
 #[test]
-#[ignore = "needs root"]
-fn random_services_have_the_same_rules() {
-    answers_the_same(Mode::Iptables(Variant::Nft), "iptables", OF_RULES);
+#[ignore = "needs root and eBPF"]
+fn random_services_are_answered_as_by_the_same_kind_of_proxy() {
+    let iptables = Mode::Iptables(Variant::Nft);
+    answers_are_the_same(SEEDS[0], [(iptables, "iptables"), (Mode::Nftables, "ebpf")]);
 }
 
 #[test]
 #[ignore = "needs root and eBPF"]
-fn random_services_are_served_the_same_by_both_layers() {
-    answers_the_same(Mode::Iptables(Variant::Nft), "ebpf", OF_BOTH_LAYERS);
+fn random_services_are_answered_as_by_the_other_kind_of_proxy() {
+    let iptables = Mode::Iptables(Variant::Nft);
+    answers_are_the_same(SEEDS[1], [(iptables, "ebpf"), (Mode::Nftables, "iptables")]);
 }

@@ -1,0 +1,299 @@
+//! What one random Service is, and what becomes of it over time.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use serde_json::json;
+
+use super::chance::Chance;
+use crate::{Endpoint, Pod, Scenario, Service, peer::Transport, scenario::SOURCES};
+
+const TRANSPORTS: [Transport; 3] = [Transport::Tcp, Transport::Udp, Transport::Sctp];
+/// Of the external address that several Services may claim.
+const SHARED: u8 = 50;
+
+/// One Service at one time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    pub(super) number: u8,
+    /// In order; true is IPv6.
+    pub(super) families: &'static [bool],
+    pub(super) transports: &'static [Transport],
+    pub(super) has_node_ports: bool,
+    /// `ipMode` of the addresses of the load balancer.
+    pub(super) balancer: Option<&'static str>,
+    pub(super) is_external: bool,
+    /// Also at an external address that others may claim.
+    pub(super) claims_shared: bool,
+    /// Also at the node's own address as an external one.
+    pub(super) claims_node: bool,
+    pub(super) ranges: Option<&'static [&'static str]>,
+    internal_local: bool,
+    external_local: bool,
+    pub(super) is_sticky: bool,
+    distribution: Option<&'static str>,
+    pub(super) endpoints: Vec<PlannedEndpoint>,
+}
+
+/// An endpoint of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PlannedEndpoint {
+    backing: Backing,
+    state: State,
+    zone: Option<&'static str>,
+    for_own_node: bool,
+}
+
+/// Which pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backing {
+    Near,
+    Far,
+    Client,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Ready,
+    NotReady,
+    Terminating,
+}
+
+/// Which hints a Service's endpoints have.
+#[derive(Clone, Copy, Debug)]
+enum Hints {
+    None,
+    Zones,
+    Nodes,
+    Some,
+}
+
+impl Plan {
+    pub(super) fn new(number: u8, chance: &mut Chance) -> Self {
+        const FAMILIES: [&[bool]; 4] = [&[false], &[true], &[false, true], &[true, false]];
+        use Transport::{Sctp, Tcp, Udp};
+        const SERVED: [&[Transport]; 5] =
+            [&[Tcp], &[Udp], &[Tcp, Udp], &[Tcp, Sctp], &[Tcp, Udp, Sctp]];
+        let has_node_ports = chance.one_in(2);
+        let is_balanced = has_node_ports && chance.one_in(2);
+        let mode = if chance.one_in(5) { "Proxy" } else { "VIP" };
+        let mut plan = Self {
+            number,
+            families: chance.of(&FAMILIES),
+            transports: chance.of(&SERVED),
+            has_node_ports,
+            balancer: is_balanced.then_some(mode),
+            is_external: false,
+            claims_shared: false,
+            claims_node: false,
+            ranges: None,
+            internal_local: false,
+            external_local: false,
+            is_sticky: false,
+            distribution: None,
+            endpoints: Vec::new(),
+        };
+        plan.decide(chance);
+        plan.populate(chance);
+        plan
+    }
+
+    /// The same Service some time later.
+    pub(super) fn changed(&self, chance: &mut Chance) -> Self {
+        let mut plan = self.clone();
+        if chance.one_in(3) {
+            plan.decide(chance);
+        }
+        if !chance.one_in(4) {
+            plan.populate(chance);
+        }
+        plan
+    }
+
+    /// All that the API lets change afterwards.
+    fn decide(&mut self, chance: &mut Chance) {
+        const RANGES: [&[&str]; 3] = [
+            &["10.244.0.0/16", "fd00:10:244::/48"],
+            &["192.0.2.0/24", "2001:db8:1::/64"],
+            &["0.0.0.0/0", "::/0"],
+        ];
+        let is_ranged = self.balancer.is_some() && chance.one_in(2);
+        self.ranges = is_ranged.then(|| chance.of(&RANGES));
+        self.is_external = chance.one_in(2);
+        self.claims_shared = self.is_external && chance.one_in(2);
+        // One Service at most: of two, nobody else tells which is served there.
+        self.claims_node = self.number == 1 && chance.one_in(2);
+        self.internal_local = chance.one_in(3);
+        let is_reached = self.has_node_ports || self.is_external || self.claims_node;
+        self.external_local = is_reached && chance.one_in(2);
+        self.is_sticky = chance.one_in(4);
+        let distributions = ["PreferClose", "PreferSameZone", "PreferSameNode"];
+        let is_distributed = chance.one_in(4);
+        self.distribution = is_distributed.then(|| chance.of(&distributions));
+    }
+
+    /// Endpoints in any state, or none.
+    fn populate(&mut self, chance: &mut Chance) {
+        let hints = chance.of(&[Hints::None, Hints::Zones, Hints::Nodes, Hints::Some]);
+        self.endpoints.clear();
+        for backing in [Backing::Near, Backing::Far, Backing::Client] {
+            let state = chance.of(&[
+                None,
+                None,
+                Some(State::NotReady),
+                Some(State::Terminating),
+                Some(State::Ready),
+                Some(State::Ready),
+            ]);
+            let zone = chance.of(&["zone-a", "zone-b", "zone-c"]);
+            let (has_zone, has_node) = match hints {
+                Hints::None => (false, false),
+                Hints::Zones => (true, false),
+                Hints::Nodes => (false, true),
+                Hints::Some => (chance.one_in(2), chance.one_in(2)),
+            };
+            self.endpoints.extend(state.map(|state| PlannedEndpoint {
+                backing,
+                state,
+                zone: has_zone.then_some(zone),
+                for_own_node: has_node,
+            }));
+        }
+    }
+
+    pub(super) fn name(&self) -> String {
+        format!("web-{}", self.number)
+    }
+
+    pub(super) fn vip(&self, v6: bool) -> IpAddr {
+        let number = self.number;
+        match v6 {
+            true => Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x100 + u16::from(number)).into(),
+            false => Ipv4Addr::new(10, 96, 1, number).into(),
+        }
+    }
+
+    pub(super) fn node_port(&self, transport: Transport) -> u16 {
+        let offset = match transport {
+            Transport::Tcp => 0,
+            Transport::Udp => 1,
+            Transport::Sctp => 2,
+        };
+        30_100 + 4 * u16::from(self.number) + offset
+    }
+
+    /// The external address that it has alone.
+    pub(super) fn external(&self, v6: bool) -> Option<IpAddr> {
+        self.is_external.then(|| nobodys(v6, 100 + self.number))
+    }
+
+    /// The one that others may claim, too.
+    pub(super) fn shared(&self, v6: bool) -> Option<IpAddr> {
+        self.claims_shared.then(|| nobodys(v6, SHARED))
+    }
+
+    pub(super) fn balancer(&self, v6: bool) -> Option<IpAddr> {
+        self.balancer.map(|_| nobodys(v6, 200 + self.number))
+    }
+
+    /// The names of the pods that may serve it.
+    pub(super) fn candidates<'a>(&self, s: &'a Scenario) -> Vec<&'a str> {
+        let serving = self
+            .endpoints
+            .iter()
+            .filter(|it| it.state != State::NotReady);
+        serving.map(|it| it.pod(s).name()).collect()
+    }
+
+    pub(super) fn service(&self, s: &Scenario) -> Service {
+        let families = self.families.iter().copied();
+        let vips: Vec<IpAddr> = families.clone().map(|v6| self.vip(v6)).collect();
+        let mut service = Service::new(&self.name(), &vips);
+        for &transport in self.transports {
+            service = service.port(
+                &transport.name().to_lowercase(),
+                transport.name(),
+                80,
+                SOURCES,
+            );
+            if self.has_node_ports {
+                service = service.node_port(self.node_port(transport));
+            }
+        }
+        for v6 in families.clone() {
+            if let (Some(address), Some(mode)) = (self.balancer(v6), self.balancer) {
+                service = service.load_balancer(address, mode);
+            }
+        }
+        let external = families.clone().flat_map(|v6| {
+            let node = self.claims_node.then(|| s.a.address(v6));
+            [self.external(v6), self.shared(v6), node]
+                .into_iter()
+                .flatten()
+        });
+        let external: Vec<IpAddr> = external.collect();
+        if !external.is_empty() {
+            service = service.spec("externalIPs", json!(external));
+        }
+        if let Some(ranges) = self.ranges {
+            service = service.spec("loadBalancerSourceRanges", json!(ranges));
+        }
+        if self.internal_local {
+            service = service.spec("internalTrafficPolicy", "Local");
+        }
+        if self.external_local {
+            service = service.spec("externalTrafficPolicy", "Local");
+            if self.balancer.is_some() {
+                service = service.spec("healthCheckNodePort", 31_000 + u16::from(self.number));
+            }
+        }
+        if self.is_sticky {
+            service = service.affinity(10_800);
+        }
+        if let Some(distribution) = self.distribution {
+            service = service.spec("trafficDistribution", distribution);
+        }
+        let endpoints = self.endpoints.iter();
+        let endpoints = endpoints.flat_map(|it| families.clone().map(|v6| it.endpoint(v6, s)));
+        service.endpoints(endpoints)
+    }
+}
+
+impl PlannedEndpoint {
+    fn pod<'a>(&self, s: &'a Scenario) -> &'a Pod {
+        match self.backing {
+            Backing::Near => &s.near,
+            Backing::Far => &s.far,
+            Backing::Client => &s.client,
+        }
+    }
+
+    fn endpoint(&self, v6: bool, s: &Scenario) -> Endpoint {
+        let pod = self.pod(s);
+        let node = s.endpoint(pod).node().to_owned();
+        let endpoint = Endpoint::new(pod.address(v6), &node);
+        let mut endpoint = match self.state {
+            State::Ready => endpoint,
+            State::NotReady => endpoint.not_ready(),
+            State::Terminating => endpoint.terminating(),
+        };
+        if let Some(zone) = self.zone {
+            endpoint = endpoint.for_zone(zone);
+        }
+        if self.for_own_node {
+            endpoint = endpoint.for_node(&node);
+        }
+        endpoint
+    }
+}
+
+/// All transports, served or not.
+pub(super) fn transports() -> impl Iterator<Item = Transport> {
+    TRANSPORTS.into_iter()
+}
+
+fn nobodys(v6: bool, last: u8) -> IpAddr {
+    match v6 {
+        true => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, last.into()).into(),
+        false => Ipv4Addr::new(203, 0, 113, last).into(),
+    }
+}
