@@ -10,7 +10,7 @@ mod config;
 mod deploy;
 mod differential;
 mod events;
-mod nodes;
 mod migration;
+mod nodes;
 mod pod;
 mod source;
