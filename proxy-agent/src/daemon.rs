@@ -28,7 +28,7 @@ use crate::{
     cli::{DetectLocalMode, Global, Mode, Run},
     events::Event,
     health::{self, Health, SelfTest},
-    metrics::{Metrics, Voice},
+    metrics::Metrics,
     model::Update,
     sources::{self, Followed, Origin, node},
     sync::SyncStatus,
@@ -49,14 +49,14 @@ pub mod reaper;
 pub mod rival;
 pub mod self_test;
 mod servers;
+mod serving;
 pub mod socket;
 
-use exclude::Exclusions;
 use feed::Feeds;
 use layer::LayerThread;
-use mode::{Layers, Opened};
 use place::node_name;
 use reaper::Reaper;
+use serving::{ForSockets, Serving};
 
 /// Updates on their way from the sources: the file source coalesces, so a few are plenty.
 const UPDATES: usize = 64;
@@ -190,14 +190,25 @@ async fn serve(
 
     let (updates, received) = mpsc::channel(UPDATES);
     let metrics = Arc::new(Metrics::default());
-    let Followed { problems, events } =
-        origin.start(here.clone(), updates.clone(), &metrics.rest_client)?;
+    let Followed {
+        problems,
+        events,
+        opted_out,
+    } = origin.start(
+        here.clone(),
+        updates.clone(),
+        args.socket_exclude_pods,
+        &metrics.rest_client,
+    )?;
     node::start(updates)?;
     let opened = mode::open(global, args, &here)?;
     host_settings::apply(&args.host, Path::new("/"), &metrics);
     let mut feeds = Feeds::new(place::model(here, &args.sources), events.clone());
     let (give_way, gives_way) = watch::channel(false);
-    let serving = Serving::start(global, args, opened, reaper, &mut feeds, &metrics, give_way)?;
+    let sockets = ForSockets { reaper, opted_out };
+    let serving = Serving::start(
+        global, args, opened, sockets, &mut feeds, &metrics, give_way,
+    )?;
     let Serving {
         layers,
         sockets,
@@ -241,77 +252,6 @@ async fn serve(
     }
     tracing::info!(signal = result?, "stopped; the kernel goes on serving");
     Ok(())
-}
-
-/// The layers at work, and what belongs to them.
-struct Serving {
-    layers: Vec<LayerThread>,
-    /// With a socket layer: whose sockets it serves, and the end of the reaper.
-    sockets: Option<(PathBuf, oneshot::Receiver<std::io::Result<ExitStatus>>)>,
-    /// What a former mode left in the kernel: taken away after the first sync.
-    former: Option<Left>,
-}
-
-impl Serving {
-    fn start(
-        global: &Global,
-        args: &Run,
-        Opened { layers, reason }: Opened,
-        reaper: Option<Reaper>,
-        feeds: &mut Feeds,
-        metrics: &Arc<Metrics>,
-        give_way: watch::Sender<bool>,
-    ) -> Result<Self, Error> {
-        match layers {
-            Layers::Packets(host, former) => {
-                let counts = metrics.layer("packet", Voice::Node);
-                let feed = feeds.add(&counts);
-                let tools = packet::Tools::Found(host);
-                let layer = packet::start(tools, args, feed, counts, metrics, give_way)?;
-                servers::tell_mode("off", "iptables", reason, metrics);
-                Ok(Self {
-                    layers: vec![layer],
-                    sockets: None,
-                    former,
-                })
-            }
-            Layers::Sockets(store, tools) => {
-                if args.log_programs {
-                    programs_log::start(global.bpf_dir.join("links")).map_err(start("a thread"))?;
-                }
-                let cgroup = store.cgroup().to_owned();
-                let exclusions = Exclusions::new(cgroup.clone(), &args.socket_exclude_cgroup);
-                let reaper = reaper.ok_or(Error::Reaper)?;
-                let (requests, ended) = reaper.split().map_err(start("the reaper"))?;
-                // The slower layer speaks.
-                let voice = match tools {
-                    Some(_) => Voice::Own,
-                    None => Voice::Node,
-                };
-                let counts = metrics.layer("socket", voice);
-                let feed = feeds.add(&counts);
-                let packets = tools.map(|tools| {
-                    let counts = metrics.layer("packet", Voice::Node);
-                    let feed = feeds.add(&counts);
-                    packet::start(tools, args, feed, counts, metrics, give_way)
-                });
-                let packets = packets.transpose()?;
-                let terms = socket::Terms {
-                    reason,
-                    lease: args.socket_lease,
-                    packets: packets.as_ref().map(LayerThread::status),
-                };
-                let layer =
-                    socket::start(*store, feed, requests, exclusions, terms, counts, metrics);
-                let layer = layer.map_err(start("the socket layer"))?;
-                Ok(Self {
-                    layers: [Some(layer), packets].into_iter().flatten().collect(),
-                    sockets: Some((cgroup, ended)),
-                    former: None,
-                })
-            }
-        }
-    }
 }
 
 /// Takes updates into the model and tells the layers what they touch.

@@ -3,7 +3,7 @@
 //!
 //! Each source sends [`Update`]s, the first of them everything that it has.
 
-use std::{fmt, path::PathBuf};
+use std::{collections::BTreeSet, fmt, path::PathBuf};
 
 use tokio::sync::{mpsc, watch};
 
@@ -38,7 +38,8 @@ pub enum Error {
 }
 
 impl Origin {
-    /// Starts to follow it. The first update is everything that is there. What is wrong with it is also logged, once.
+    /// Starts to follow it, and if it `wants_pods` those of this node. The first update is everything that is there. What is
+    /// wrong with it is also logged, once.
     ///
     /// # Errors
     /// It cannot be followed.
@@ -46,14 +47,18 @@ impl Origin {
         &self,
         here: NodeName,
         updates: mpsc::Sender<Update>,
+        wants_pods: bool,
         metrics: &RestClientMetrics,
     ) -> Result<Followed, Error> {
         Ok(match self {
             Self::Manifests(folder) => Followed {
                 problems: file::start(folder, here, updates)?,
                 events: Events::default(),
+                opted_out: None,
             },
-            Self::Kubernetes(access) => kubernetes::start(access, here, updates, metrics)?,
+            Self::Kubernetes(access) => {
+                kubernetes::start(access, here, updates, wants_pods, metrics)?
+            }
         })
     }
 }
@@ -65,6 +70,8 @@ pub struct Followed {
     pub problems: watch::Receiver<Vec<Problem>>,
     /// Takes what the cluster is to be told; files tell nobody.
     pub events: Events,
+    /// The unique ids of this node's pods that ask for their sockets to be left alone, if that was wanted.
+    pub opted_out: Option<watch::Receiver<BTreeSet<String>>>,
 }
 
 impl fmt::Display for Origin {

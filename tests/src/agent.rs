@@ -404,7 +404,7 @@ impl Drop for Agent {
 }
 
 /// Sum of the samples of a metric in the text that Prometheus reads, whose labels contain `labels`.
-pub(crate) fn sum_of(metrics: &str, name: &str, labels: &str) -> f64 {
+pub fn sum_of(metrics: &str, name: &str, labels: &str) -> f64 {
     let value = |line: &str| {
         let rest = line.strip_prefix(name)?;
         let (head, value) = rest.rsplit_once(' ')?;

@@ -93,6 +93,10 @@ pub struct Run {
     /// Leave the sockets of these cgroups alone: a glob on paths below --cgroup; repeatable, followed live
     #[arg(long, value_name = "GLOB")]
     pub socket_exclude_cgroup: Vec<String>,
+    /// Leave the sockets of pods alone that carry the annotation proxy-agent/socket-layer: "off". It takes the right to list and
+    /// watch pods
+    #[arg(long, action = ArgAction::Set, value_parser = boolean, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
+    pub socket_exclude_pods: bool,
     /// Seconds without an agent after which connect and sendmsg leave everything to the packet layer
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub socket_lease: Duration,

@@ -178,6 +178,9 @@ pub fn to_run(file: &KubeProxyConfiguration, run: &mut Run, given: &BTreeSet<Str
         run.socket_exclude_cgroup
             .clone_from(&own.socket_exclude_cgroups);
     }
+    if !given.contains("socket_exclude_pods") {
+        run.socket_exclude_pods = own.socket_exclude_pods;
+    }
     if let Some(lease) = own.socket_lease
         && !given.contains("socket_lease")
     {

@@ -94,6 +94,9 @@ pub struct ProxyAgent {
     /// `--socket-exclude-cgroup`.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "is_default")]
     pub socket_exclude_cgroups: Vec<String>,
+    /// `--socket-exclude-pods`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub socket_exclude_pods: bool,
     /// `--takeover-after`.
     #[serde(with = "time", skip_serializing_if = "is_default")]
     pub takeover_after: Duration,

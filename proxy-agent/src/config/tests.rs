@@ -162,6 +162,7 @@ proxyAgent:
   mode: ebpf
   socketLease: 1m
   socketExcludeCgroups: [mesh/*]
+  socketExcludePods: true
   takeoverAfter: 2m
   bpfDir: /bpf
   cgroup: /cgroup
@@ -206,7 +207,7 @@ proxyAgent:
         "configSyncPeriod": "0s",
         "portRange": "",
         "proxyAgent": {
-            "mode": "ebpf", "socketLease": "1m0s", "socketExcludeCgroups": ["mesh/*"], "takeoverAfter": "2m0s",
+            "mode": "ebpf", "socketLease": "1m0s", "socketExcludeCgroups": ["mesh/*"], "socketExcludePods": true, "takeoverAfter": "2m0s",
             "bpfDir": "/bpf", "cgroup": "/cgroup",
         },
     }});

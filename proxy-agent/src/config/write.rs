@@ -78,6 +78,7 @@ fn in_force(global: &Global, run: &Run) -> KubeProxyConfiguration {
             mode: run.layers.mode,
             socket_lease: Some(Text(Lease(run.socket_lease))),
             socket_exclude_cgroups: run.socket_exclude_cgroup.clone(),
+            socket_exclude_pods: run.socket_exclude_pods,
             takeover_after: packet.takeover_after(),
             bpf_dir: Some(global.bpf_dir.clone()),
             cgroup: global.cgroup.clone(),

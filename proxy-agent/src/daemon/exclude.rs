@@ -1,18 +1,20 @@
-//! Which cgroups are excluded: `--socket-exclude-cgroup GLOB`, followed live.
+//! Which cgroups are excluded: `--socket-exclude-cgroup GLOB`, and with `--socket-exclude-pods` those of pods that ask for it,
+//! followed live.
 
 use std::{
     collections::BTreeSet,
     fs, io,
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     thread,
+    time::Duration,
 };
 
 use inotify::{Inotify, WatchMask};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::{io::unix::AsyncFd, sync::watch};
 
-/// Milliseconds after which cgroups are looked through even without an event.
-const RESCAN_MS: u16 = 1000;
+/// After this long cgroups are looked through even without an event.
+const RESCAN: Duration = Duration::from_secs(1);
 /// Room for the events of one reading; what they say does not matter, only that there are some.
 const BUFFER_BYTES: usize = 4096;
 
@@ -21,16 +23,21 @@ const BUFFER_BYTES: usize = 4096;
 pub struct Exclusions {
     root: PathBuf,
     globs: Vec<String>,
+    pods: Option<watch::Receiver<BTreeSet<String>>>,
 }
 
 impl Exclusions {
-    /// Patterns for cgroups below `root`.
-    pub fn new(root: PathBuf, globs: &[String]) -> Self {
+    /// Patterns for cgroups below `root`; of `pods`, by their unique ids, all.
+    pub fn new(
+        root: PathBuf,
+        globs: &[String],
+        pods: Option<watch::Receiver<BTreeSet<String>>>,
+    ) -> Self {
         let globs = globs
             .iter()
             .map(|glob| glob.trim_matches('/').to_owned())
             .collect();
-        Self { root, globs }
+        Self { root, globs, pods }
     }
 
     /// Ids of the cgroups that match; those below them are excluded with them. A cgroup that goes away meanwhile is none.
@@ -38,50 +45,71 @@ impl Exclusions {
         self.search_all(&mut |_| {})
     }
 
-    /// Calls `excluded` with the matching cgroups whenever they change, on a thread of its own. Without patterns there is
-    /// nothing to follow.
+    /// Calls `excluded` with the matching cgroups whenever they change, on a thread of its own. Without patterns and pods there
+    /// is nothing to follow.
     ///
     /// # Errors
-    /// No thread or no inotify instance to be had.
+    /// No thread, no runtime or no inotify instance to be had.
     pub fn follow(self, excluded: impl Fn(BTreeSet<u64>) + Send + 'static) -> io::Result<()> {
-        if self.globs.is_empty() {
+        if !self.has_any() {
             return Ok(());
         }
-        let inotify = Inotify::init()?;
-        let work = move || self.run(inotify, &excluded);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let inotify = {
+            let _inside = runtime.enter();
+            // SAFETY: an `Inotify` owns its descriptor, and keeps the same one until it is dropped.
+            unsafe { AsyncFd::register(Inotify::init()?) }?
+        };
+        let work = move || runtime.block_on(self.run(inotify, &excluded));
         thread::Builder::new()
             .name("exclusions".to_owned())
             .spawn(work)
             .map(drop)
     }
 
-    fn run(&self, mut inotify: Inotify, excluded: &dyn Fn(BTreeSet<u64>)) {
+    fn has_any(&self) -> bool {
+        !self.globs.is_empty() || self.pods.is_some()
+    }
+
+    async fn run(mut self, mut inotify: AsyncFd<Inotify>, excluded: &dyn Fn(BTreeSet<u64>)) {
         let mask = WatchMask::CREATE | WatchMask::DELETE | WatchMask::ONLYDIR;
         let mut last = None;
         let mut buffer = [0; BUFFER_BYTES];
         loop {
             // Watched before it is listed, so that nothing new goes unseen. A watch that cannot be had costs a second.
+            let mut watches = inotify.get_ref().watches();
             let found = self.search_all(&mut |dir| {
-                let _ = inotify.watches().add(dir, mask);
+                let _ = watches.add(dir, mask);
             });
             if last.as_ref() != Some(&found) {
                 excluded(found.clone());
                 last = Some(found);
             }
-            let mut fds = [PollFd::new(inotify.as_fd(), PollFlags::POLLIN)];
-            if poll(&mut fds, PollTimeout::from(RESCAN_MS)).is_ok_and(|ready| ready > 0) {
-                while inotify
-                    .read_events(&mut buffer)
-                    .is_ok_and(|mut events| events.next().is_some())
-                {}
+            tokio::select! {
+                ready = inotify.readable_mut() => {
+                    let Ok(mut ready) = ready else { continue };
+                    while ready
+                        .get_inner_mut()
+                        .read_events(&mut buffer)
+                        .is_ok_and(|mut events| events.next().is_some())
+                    {}
+                    ready.clear_ready();
+                }
+                () = changed(&mut self.pods) => {}
+                () = tokio::time::sleep(RESCAN) => {}
             }
         }
     }
 
     fn search_all(&self, enter: &mut dyn FnMut(&Path)) -> BTreeSet<u64> {
         let mut found = BTreeSet::new();
-        if !self.globs.is_empty() {
-            self.search(&self.root, "", enter, &mut found);
+        if self.has_any() {
+            let pods = self.pods.as_ref().map(|pods| pods.borrow().clone());
+            let names = pods.into_iter().flatten().flat_map(|uid| pod_names(&uid));
+            let names: Vec<String> = names.collect();
+            self.search(&self.root, "", &names, enter, &mut found);
         }
         found
     }
@@ -90,6 +118,7 @@ impl Exclusions {
         &self,
         dir: &Path,
         relative: &str,
+        pods: &[String],
         enter: &mut dyn FnMut(&Path),
         found: &mut BTreeSet<u64>,
     ) {
@@ -111,17 +140,36 @@ impl Exclusions {
             } else {
                 format!("{relative}/{name}")
             };
-            if self
+            let is_excluded = self
                 .globs
                 .iter()
                 .any(|glob| matches(glob.as_bytes(), path.as_bytes()))
-            {
+                || pods.iter().any(|end| path.ends_with(end));
+            if is_excluded {
                 // A cgroup's id is its inode number (v5.5, 67c0496e87d1).
                 found.insert(metadata.ino());
             } else {
-                self.search(&entry.path(), &path, enter, found);
+                self.search(&entry.path(), &path, pods, enter, found);
             }
         }
+    }
+}
+
+/// How the path of a pod's cgroup ends, with either driver (pkg/kubelet/cm/pod_container_manager_linux.go,
+/// `GetPodContainerNameDriver`): `…/podUID`, or `…-podU_I_D.slice`.
+fn pod_names(uid: &str) -> [String; 2] {
+    let of_systemd = uid.replace('-', "_");
+    [format!("/pod{uid}"), format!("-pod{of_systemd}.slice")]
+}
+
+/// Until there are other pods; for ever, if there are none or nobody tells any more.
+async fn changed(pods: &mut Option<watch::Receiver<BTreeSet<String>>>) {
+    let is_told = match pods {
+        Some(pods) => pods.changed().await.is_ok(),
+        None => false,
+    };
+    if !is_told {
+        std::future::pending().await
     }
 }
 
@@ -177,12 +225,12 @@ mod tests {
             fs::create_dir_all(root.path().join(dir)).unwrap();
         }
         let inode = |dir: &str| fs::metadata(root.path().join(dir)).unwrap().ino();
-        let exclusions = Exclusions::new(root.path().to_owned(), &["**/mesh/".to_owned()]);
+        let exclusions = Exclusions::new(root.path().to_owned(), &["**/mesh/".to_owned()], None);
         assert_eq!(
             exclusions.cgroups(),
             [inode("a/mesh"), inode("b/mesh")].into()
         );
-        let none = Exclusions::new(root.path().to_owned(), &[]);
+        let none = Exclusions::new(root.path().to_owned(), &[], None);
         assert!(none.cgroups().is_empty());
     }
 
@@ -190,7 +238,7 @@ mod tests {
     fn a_new_cgroup_is_excluded_as_soon_as_it_is_there() {
         let root = tempfile::tempdir().unwrap();
         let (told, tells) = std::sync::mpsc::channel();
-        let exclusions = Exclusions::new(root.path().to_owned(), &["pods/*/mesh".to_owned()]);
+        let exclusions = Exclusions::new(root.path().to_owned(), &["pods/*/mesh".to_owned()], None);
         exclusions.follow(move |set| drop(told.send(set))).unwrap();
         let deadline = std::time::Duration::from_secs(10);
         assert_eq!(tells.recv_timeout(deadline).unwrap(), BTreeSet::new());
@@ -200,5 +248,35 @@ mod tests {
         assert_eq!(tells.recv_timeout(deadline).unwrap(), [inode].into());
         fs::remove_dir(&late).unwrap();
         assert_eq!(tells.recv_timeout(deadline).unwrap(), BTreeSet::new());
+    }
+
+    #[test]
+    fn pods_are_found_by_their_ids_with_either_driver() {
+        let root = tempfile::tempdir().unwrap();
+        let (told, tells) = std::sync::mpsc::channel();
+        let (pods, follows) = watch::channel(BTreeSet::new());
+        let exclusions = Exclusions::new(root.path().to_owned(), &[], Some(follows));
+        let by_driver = [
+            "kubepods/besteffort/pod1-2-3/container",
+            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod4_5.slice",
+        ];
+        for dir in by_driver {
+            fs::create_dir_all(root.path().join(dir)).unwrap();
+        }
+        exclusions.follow(move |set| drop(told.send(set))).unwrap();
+        let deadline = Duration::from_secs(10);
+        assert_eq!(tells.recv_timeout(deadline).unwrap(), BTreeSet::new());
+        let inode = |dir: &str| fs::metadata(root.path().join(dir)).unwrap().ino();
+        let first = inode("kubepods/besteffort/pod1-2-3");
+        pods.send_replace(["1-2-3".to_owned()].into());
+        assert_eq!(tells.recv_timeout(deadline).unwrap(), [first].into());
+        pods.send_replace(["1-2-3", "4-5", "6"].map(str::to_owned).into());
+        let both = [first, inode(by_driver[1])];
+        assert_eq!(tells.recv_timeout(deadline).unwrap(), both.into());
+        // Nobody tells any more: they stay.
+        drop(pods);
+        fs::create_dir_all(root.path().join("kubepods/pod6")).unwrap();
+        let all = [both[0], both[1], inode("kubepods/pod6")];
+        assert_eq!(tells.recv_timeout(deadline).unwrap(), all.into());
     }
 }

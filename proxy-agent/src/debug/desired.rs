@@ -49,7 +49,7 @@ pub fn read(global: &Global, sources: &Sources, origin: &Origin) -> Result<Desir
         let here = node_name(global)?;
         let mut model = place::model(here.clone(), sources);
         let (updates, mut received) = mpsc::channel(1);
-        let broken = origin.start(here, updates.clone(), &RestClientMetrics::default());
+        let broken = origin.start(here, updates.clone(), false, &RestClientMetrics::default());
         let broken = broken.map_err(daemon::Error::from)?.problems;
         node::start(updates).map_err(daemon::Error::from)?;
         let read = async {

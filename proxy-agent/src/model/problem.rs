@@ -11,6 +11,8 @@ pub enum Kind {
     EndpointSlice,
     /// v1 Node.
     Node,
+    /// v1 Pod.
+    Pod,
 }
 
 impl fmt::Display for Kind {
@@ -19,6 +21,7 @@ impl fmt::Display for Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
+            Self::Pod => "Pod",
         })
     }
 }

@@ -4,7 +4,7 @@
 //! reached everything stays as it is; a list that is read again is compared by name with what is known, and only an object
 //! that a complete list lacks, or whose deletion was told, is gone.
 
-use std::{io, thread, time::Duration};
+use std::{collections::BTreeSet, io, thread, time::Duration};
 
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
 use kube::{Api, Client};
@@ -49,7 +49,7 @@ pub enum Error {
     Process(io::Error),
 }
 
-/// Starts to follow the API server on a thread of its own. The first update is everything that there is. What is wrong with it
+/// Starts to follow the API server on a thread of its own, and if it `wants_pods` those of this node. The first update is everything that there is. What is wrong with it
 /// is also logged, once. The thread ends when nobody takes updates and tells Events any more.
 ///
 /// # Errors
@@ -58,6 +58,7 @@ pub fn start(
     access: &Access,
     here: NodeName,
     updates: mpsc::Sender<Update>,
+    wants_pods: bool,
     metrics: &RestClientMetrics,
 ) -> Result<Followed, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -65,6 +66,7 @@ pub fn start(
         .build()
         .map_err(Error::Process)?;
     let (problems, receiver) = watch::channel(Vec::new());
+    let (opting_out, opted_out) = watch::channel(BTreeSet::new());
     let (events, letters) = Events::channel();
     let (report, opened) = std::sync::mpsc::channel();
     let (access, metrics) = (access.clone(), metrics.clone());
@@ -77,7 +79,8 @@ pub fn start(
                     drop(report.send(Ok(())));
                     let writer = tokio::spawn(events::write(client.clone(), here.clone(), letters));
                     let collector = Collector::new(here, server);
-                    follow(client, collector, updates, problems).await;
+                    let pods = wants_pods.then_some(opting_out);
+                    follow(client, collector, updates, problems, pods).await;
                     // The last Event is told when nobody takes updates any more. It ends with who tells.
                     drop(writer.await);
                 }
@@ -94,6 +97,7 @@ pub fn start(
     Ok(Followed {
         problems: receiver,
         events,
+        opted_out: wants_pods.then_some(opted_out),
     })
 }
 
@@ -102,13 +106,19 @@ async fn follow(
     mut collector: Collector,
     updates: mpsc::Sender<Update>,
     problems: watch::Sender<Vec<Problem>>,
+    opted_out: Option<watch::Sender<BTreeSet<String>>>,
 ) {
     let (sender, mut events) = mpsc::channel(EVENTS);
     let own = Selector::Field(format!("metadata.name={}", collector.here()));
     let labels = || Selector::Label(LABELS.to_owned());
     let services: Api<v1::Service> = Api::all(client.clone());
     let slices: Api<discovery::EndpointSlice> = Api::all(client.clone());
-    let nodes: Api<v1::Node> = Api::all(client);
+    let nodes: Api<v1::Node> = Api::all(client.clone());
+    if opted_out.is_some() {
+        let pods: Api<v1::Pod> = Api::all(client);
+        let of_node = Selector::Field(format!("spec.nodeName={}", collector.here()));
+        tokio::spawn(stream::follow(pods, of_node, Item::Pod, sender.clone()));
+    }
     tokio::spawn(stream::follow(
         services,
         labels(),
@@ -142,6 +152,10 @@ async fn follow(
             collector.take(item);
         }
         publish(&collector, &problems);
+        if let Some(opted_out) = &opted_out {
+            let ids = collector.opted_out();
+            opted_out.send_if_modified(|known| std::mem::replace(known, ids.clone()) != ids);
+        }
         if let Some(objects) = collector.objects()
             && updates.send(Update::Objects(objects)).await.is_err()
         {

@@ -8,10 +8,11 @@ use serde_json::{Value, json};
 
 use crate::{cluster::Cluster, pod::CAPABILITIES};
 
-const FOLDERS: [&str; 6] = [
+const FOLDERS: [&str; 7] = [
     "overlays/kubeadm",
     "overlays/standalone",
     "overlays/k3s",
+    "overlays/opt-out",
     "overlays/migration",
     "cleanup/own",
     "cleanup/kube-proxy",

@@ -26,6 +26,7 @@ use crate::{cluster::assert_none_failed, deploy::deploy};
 
 const DNS: &str = include_str!("nodes/coredns.yaml");
 const PODS: &str = include_str!("nodes/pods.yaml");
+const MESH: &str = include_str!("nodes/mesh.yaml");
 /// Where the pods `web` answer with their names: their port, that of the Service, and that of the nodes.
 const TARGET: u16 = 9000;
 const PORT: u16 = 81;
@@ -72,6 +73,7 @@ fn serve(nodes: &Nodes) -> anyhow::Result<()> {
     the_daemonset_takes_over(nodes, &traffic)?;
     names_lead_to_pods(nodes, &clients, &servers)?;
     connected_sockets_hear_of_removed_endpoints(nodes, &clients[0], &servers)?;
+    a_pod_opts_out(nodes)?;
     a_rolling_update_fails_nobody(nodes, &traffic)?;
     a_deleted_agent_fails_nobody(nodes, &traffic)?;
     connected_sockets_hear_of_removed_endpoints(nodes, &clients[1], &servers)?;
@@ -190,6 +192,26 @@ fn the_daemonset_takes_over(nodes: &Nodes, traffic: &Traffic) -> anyhow::Result<
     nodes.control.kubectl(&["apply", "--kustomize", &overlay])?;
     nodes.wait_rolled_out(SYSTEM, AGENT)?;
     assert_none_failed(loads).context("the DaemonSet takes over")
+}
+
+/// By its annotation, once the agents may read pods.
+fn a_pod_opts_out(nodes: &Nodes) -> anyhow::Result<()> {
+    let overlay = deploy("overlays/opt-out").display().to_string();
+    nodes.control.kubectl(&["apply", "--kustomize", &overlay])?;
+    nodes.wait_rolled_out(SYSTEM, AGENT)?;
+    nodes.control.apply_manifests(MESH)?;
+    nodes.wait_rolled_out("--namespace=default", "daemonset/mesh")?;
+    let (clients, meshes) = (nodes.enter("app=client")?, nodes.enter("app=mesh")?);
+    for (client, mesh) in clients.iter().zip(&meshes) {
+        let before = nodes.opted_out(&client.node)?;
+        nodes.get_web(client)?;
+        ensure!(nodes.opted_out(&client.node)? == before, "{}", client.name);
+        nodes.get_web(mesh)?;
+        let after = nodes.opted_out(&mesh.node)?;
+        ensure!(after > before, "{}: {before} and {after}", mesh.name);
+    }
+    nodes.control.kubectl(&["delete", "daemonset", "mesh"])?;
+    Ok(())
 }
 
 /// To the agent of the next release, whose maps are others.

@@ -1,7 +1,7 @@
 //! From events to changes of the model: which objects are known, and what a complete list lacks. No client, no clock.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fmt::Display,
     hash::Hash,
     net::IpAddr,
@@ -11,11 +11,14 @@ use std::{
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
 use kube::runtime::watcher::Event;
 
+use self::pods::Pods;
 use super::stream::{Heard, Item};
 use crate::{
     model::{self, Kind, Node, NodeName, Objects, Service, ServiceName, Slice, SliceName},
     sources::Problem,
 };
+
+mod pods;
 
 /// The Service by whose address pods reach the API server.
 const API_SERVICE: &str = "default/kubernetes";
@@ -32,6 +35,7 @@ pub struct Collector {
     slices: Known<SliceName>,
     /// Its list was complete, with or without it.
     is_node_listed: bool,
+    pods: Pods,
     /// Not given out yet.
     objects: Objects,
     /// Something was given out.
@@ -96,6 +100,7 @@ impl Collector {
             services: Known::default(),
             slices: Known::default(),
             is_node_listed: false,
+            pods: Pods::default(),
             objects: Objects::default(),
             has_begun: false,
             without_node: false,
@@ -115,6 +120,7 @@ impl Collector {
             Item::Service(heard) => self.hear(Kind::Service, heard, Self::service),
             Item::Slice(heard) => self.hear(Kind::EndpointSlice, heard, Self::slice),
             Item::Node(heard) => self.hear(Kind::Node, heard, Self::node),
+            Item::Pod(heard) => self.hear(Kind::Pod, heard, |own, event| own.pods.take(event)),
         }
     }
 
@@ -135,6 +141,11 @@ impl Collector {
             ..Objects::default()
         };
         Some(std::mem::replace(&mut self.objects, next))
+    }
+
+    /// The unique ids of pods that ask for their sockets to be left alone.
+    pub fn opted_out(&self) -> BTreeSet<String> {
+        self.pods.ids()
     }
 
     /// Whether only the Node is missing.

@@ -41,6 +41,8 @@ pub enum Item {
     Slice(Heard<discovery::EndpointSlice>),
     /// Of the own Node.
     Node(Heard<v1::Node>),
+    /// Of the node's pods.
+    Pod(Heard<v1::Pod>),
 }
 
 /// What is heard of the objects of one kind.

@@ -53,7 +53,7 @@ fn follow_server(server: SocketAddr) -> (Followed, mpsc::Receiver<Update>) {
     let (sender, updates) = mpsc::channel(1);
     let access = Access::Kubeconfig(path, None);
     let here = NodeName::new("node-a");
-    let followed = start(&access, here, sender, &RestClientMetrics::default()).unwrap();
+    let followed = start(&access, here, sender, false, &RestClientMetrics::default()).unwrap();
     (followed, updates)
 }
 

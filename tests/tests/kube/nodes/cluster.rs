@@ -8,7 +8,9 @@ use std::{
 
 use anyhow::{Context, ensure};
 use proxy_tests::{
-    Peer, Place, Topology, flannel,
+    Peer, Place, Topology,
+    agent::{METRICS, sum_of},
+    flannel,
     kube::{ControlPlane, Machine},
     load::{LoadPlan, Talk},
     names,
@@ -174,6 +176,22 @@ impl Nodes {
             });
         }
         Ok(found)
+    }
+
+    /// Asks the Service `web` from the pod itself, by its name.
+    pub fn get_web(&self, pod: &RealPod) -> anyhow::Result<String> {
+        let curl = ["curl", "--silent", "--show-error", "--max-time", "5"];
+        let args = [&["exec", &pod.name, "--"][..], &curl, &["http://web"]].concat();
+        self.control.kubectl(&args).with_context(|| self.state())
+    }
+
+    /// Connections of a node that its socket layer left alone because somebody had asked for it.
+    pub fn opted_out(&self, node: &str) -> anyhow::Result<f64> {
+        let machine = self.machines.iter().find(|m| m.node().name() == node);
+        let place = machine.context("no such node")?.node().place();
+        let (_, text) = place.http_get(METRICS, "/metrics")?;
+        let labels = "reason=\"opted_out\"";
+        Ok(sum_of(&text, "proxy_agent_passed_total", labels))
     }
 
     /// The Service's addresses.
