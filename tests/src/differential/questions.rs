@@ -235,14 +235,13 @@ impl Asked {
 fn of_error(errno: Option<i32>, text: &str) -> anyhow::Result<Answer> {
     match errno {
         Some(libc::ECONNREFUSED) => Ok(Answer::Refused),
-        // Or a rule drops it where it is made, of which a datagram's sender is told; or nobody there has SCTP.
+        // Or nobody there has SCTP.
         Some(
             libc::ETIMEDOUT
             | libc::EAGAIN
             | libc::EHOSTUNREACH
             | libc::ENETUNREACH
             | libc::EINPROGRESS
-            | libc::EPERM
             | libc::ENOPROTOOPT
             | libc::EPROTO,
         ) => Ok(Answer::Silent),

@@ -144,7 +144,11 @@ fn once(question: &Question, ports: &Ports) -> io::Result<String> {
         Transport::Udp => {
             let socket = sockets.open_udp(any_port(to))?;
             sockets.connect(socket, to)?;
-            sockets.send(socket, None, "?")?;
+            match sockets.send(socket, None, "?") {
+                // A rule stopped it. If it was rejected, the socket hears that next.
+                Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
+                other => other?,
+            }
             Ok(sockets.receive(socket, PATIENCE)?.0)
         }
         Transport::Sctp => sctp::ask(ports.next(), to, PATIENCE),
