@@ -151,6 +151,15 @@ fn once(question: &Question, ports: &Ports) -> io::Result<String> {
             }
             Ok(sockets.receive(socket, PATIENCE)?.0)
         }
-        Transport::Sctp => sctp::ask(ports.next(), to, PATIENCE),
+        Transport::Sctp => {
+            let source = ports.next();
+            match sctp::ask(source, to, PATIENCE) {
+                // As any stack does, once: a packet may be lost.
+                Err(error) if error.raw_os_error() == Some(libc::ETIMEDOUT) => {
+                    sctp::ask(source, to, PATIENCE)
+                }
+                heard => heard,
+            }
+        }
     }
 }
