@@ -1,5 +1,6 @@
 //! The benches: both sides in one run, the ratio and its interval, a JSON report, and exit code 2 for a missed target.
 
+pub mod api;
 pub mod cluster;
 pub mod connect;
 pub mod conntrack;

@@ -25,7 +25,15 @@ const SEED: &str = "PROXY_SEED";
 /// The package with the scenarios, the demo and the benches.
 const PACKAGE: &str = "proxy-tests";
 /// The benches whose other side is the real kube-proxy.
-const BESIDE_KUBE_PROXY: [&str; 2] = ["packets", "rules"];
+const BESIDE_KUBE_PROXY: [&str; 7] = [
+    "packets",
+    "rules",
+    "cluster",
+    "cluster-update",
+    "cluster-start",
+    "cluster-memory",
+    "cluster-scale",
+];
 
 /// How much a test needs. The first two need neither root nor the programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -19,6 +19,8 @@ pub const PORT: u16 = 80;
 pub const TARGET_PORT: u16 = 8080;
 /// Node port of the first Service that has one; the others follow.
 pub const NODE_PORT: u16 = 20_000;
+/// Services of a cluster whose endpoint changes, see [`Cluster::changing`].
+const CHANGING: u32 = 8;
 
 /// `services` Services of one TCP port with `endpoints` ready endpoints each.
 #[derive(Clone, Copy, Debug)]
@@ -108,6 +110,31 @@ impl Cluster {
             items.push(slice);
         }
         json!({"apiVersion": "v1", "kind": "List", "items": items})
+    }
+
+    /// Services whose endpoint a bench changes; they have just one, so that every new connection shows it. Spread over all.
+    pub fn changing(self) -> Vec<u32> {
+        let count = CHANGING.min(self.services);
+        (0..count).map(|n| n * (self.services / count)).collect()
+    }
+
+    /// Whether `item` is the slice of a Service whose endpoint changes.
+    pub fn is_changing_slice(self, item: &Value) -> bool {
+        let changing = self.changing();
+        item["kind"] == "EndpointSlice"
+            && changing
+                .iter()
+                .any(|service| item["metadata"]["name"] == format!("service-{service}-1"))
+    }
+
+    /// [`Cluster::full_manifest`] of everything; the Services whose endpoint changes lead to `server`.
+    pub fn manifest_with_changing(self, server: Ipv4Addr) -> Value {
+        let mut list = self.full_manifest(0..self.services, Self::endpoint);
+        let items = list["items"].as_array_mut().into_iter().flatten();
+        for item in items.filter(|item| self.is_changing_slice(item)) {
+            item["endpoints"] = json!([{"addresses": [server]}]);
+        }
+        list
     }
 
     /// As many Services as one Kubernetes `List` in JSON; the only endpoint of each is `backend`.

@@ -3,6 +3,8 @@
 
 mod agent;
 
+pub(super) use agent::usage;
+
 use std::{fs, net::Ipv4Addr, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result};

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use crate::{
-    Agent, Manifests, Node,
+    Agent, Manifests, Node, Place,
     kube::{ControlPlane, KubeProxy, Mode, Periods, Variant},
 };
 
@@ -72,6 +72,13 @@ pub struct Cpu {
     pub tools_kernel_s: f64,
 }
 
+impl Cpu {
+    /// Of the process itself, without the tools.
+    pub fn own_s(self) -> f64 {
+        self.all_s - self.tools_user_s - self.tools_kernel_s
+    }
+}
+
 impl Sub for Cpu {
     type Output = Self;
 
@@ -116,6 +123,17 @@ impl Running {
         Ok(Self::Ours(agent))
     }
 
+    /// Starts the agent with both layers on a node that nobody has served yet; it follows the API server.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn following(control: &ControlPlane, node: &Node) -> Result<Self> {
+        Variant::Nft.hint(node)?;
+        let mut agent = follower(control, node)?;
+        agent.spawn()?;
+        Ok(Self::Ours(agent))
+    }
+
     /// Starts kube-proxy on a node that nobody has served yet.
     ///
     /// # Errors
@@ -141,13 +159,28 @@ impl Running {
     /// # Errors
     /// It does not run.
     pub fn cpu(&self) -> Result<Cpu> {
-        let (place, pid) = match self {
-            Self::Ours(agent) => (agent.place(), agent.pid()?),
-            Self::Kube(proxy) => (proxy.place(), proxy.pid()),
-        };
+        let (place, pid) = (self.place(), self.pid()?);
         let all = fs::read_to_string(place.cgroup.join("cpu.stat"))?;
         let process = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         cpu(&all, &process).with_context(|| format!("no CPU time in {all:?} and {process:?}"))
+    }
+
+    /// Its process id.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn pid(&self) -> Result<u32> {
+        match self {
+            Self::Ours(agent) => agent.pid(),
+            Self::Kube(proxy) => Ok(proxy.pid()),
+        }
+    }
+
+    fn place(&self) -> &Place {
+        match self {
+            Self::Ours(agent) => agent.place(),
+            Self::Kube(proxy) => proxy.place(),
+        }
     }
 
     /// Ends it; its rules stay.
@@ -160,6 +193,24 @@ impl Running {
             Self::Kube(proxy) => proxy.stop(),
         }
     }
+}
+
+/// An agent with both layers that follows the API server; not started.
+///
+/// # Errors
+/// The API server refuses its Node.
+pub fn follower(control: &ControlPlane, node: &Node) -> Result<Agent> {
+    control.apply_node(node)?;
+    let args = [
+        "--cluster-cidr",
+        POD_NETWORKS,
+        "--iptables-min-sync-period",
+        MIN_SYNC,
+    ];
+    let unused = Manifests::new(&node.state_dir(), "unused")?;
+    let mut agent = Agent::new(node, &unused, &args)?;
+    agent.follow_api(&control.kubeconfig()?);
+    Ok(agent)
 }
 
 /// From `cpu.stat` of a cgroup and `stat` of a process (proc_pid_stat(5), fields 16 and 17: children that were waited for).

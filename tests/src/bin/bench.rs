@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::Parser;
-use proxy_tests::bench::{connect, conntrack, memory, packets, rules, start, update};
+use proxy_tests::bench::{api, connect, conntrack, memory, packets, rules, start, update};
 
 /// Benches of proxy-agent.
 #[derive(Debug, Parser)]
@@ -25,6 +25,16 @@ enum Bench {
     Packets(packets::Options),
     /// 100,000 endpoints into iptables, and one of them changes: the agent and the real kube-proxy.
     Rules(rules::Options),
+    /// An endpoint changes in a loaded API server: the agent and the real kube-proxy.
+    ClusterUpdate(api::Options),
+    /// 100,000 endpoints from an API server: the agent and the real kube-proxy.
+    ClusterStart(api::Options),
+    /// What both take and keep in memory meanwhile, and their CPU time.
+    ClusterMemory(api::Options),
+    /// These three at once.
+    Cluster(api::Options),
+    /// The same with 250,000 endpoints.
+    ClusterScale(api::Options),
     /// The server process of `connect` and `packets`.
     #[command(hide = true)]
     ConnectServer { address: SocketAddr, at_once: usize },
@@ -48,6 +58,11 @@ fn main() -> ExitCode {
         Bench::Conntrack => conntrack::run(),
         Bench::Packets(options) => packets::run(&options),
         Bench::Rules(options) => rules::run(&options),
+        Bench::ClusterUpdate(options) => api::Bench::UPDATE.run(&options),
+        Bench::ClusterStart(options) => api::Bench::START.run(&options),
+        Bench::ClusterMemory(options) => api::Bench::MEMORY.run(&options),
+        Bench::Cluster(options) => api::Bench::ALL.run(&options),
+        Bench::ClusterScale(options) => api::Bench::SCALE.run(&options),
         Bench::ConnectServer { address, at_once } => {
             connect::serve(address, at_once).map(|()| true)
         }

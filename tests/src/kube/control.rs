@@ -17,7 +17,7 @@ use super::{
     access::Authority,
     client::{Client, Request, TOKEN},
 };
-use crate::{Node, Service, Topology, topology::SWITCH, wait_for};
+use crate::{Node, Place, Service, Topology, topology::SWITCH, wait_for};
 
 /// Token of a user who has the role `system:node-proxier`, and nothing else.
 pub const KUBE_PROXY: &str = "kube-proxy";
@@ -280,6 +280,11 @@ impl ControlPlane {
         let patch = json!({"spec": {"taints": taints}});
         let request = Request::merge(&format!("/api/v1/nodes/{}", node.name()), patch);
         self.client.send(&[request]).map(drop)
+    }
+
+    /// Where it runs.
+    pub fn place(&self) -> &Place {
+        &self.client.place
     }
 }
 

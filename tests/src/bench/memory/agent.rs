@@ -51,7 +51,7 @@ pub fn rows(report: &mut Report) -> Result<()> {
         agent.wait_ready()?;
         let ready = start.elapsed();
         let row = |agent: &Agent, moment| -> Result<Value> {
-            let mut row = usage(agent)?;
+            let mut row = usage(agent.pid()?)?;
             row["what"] = json!(format!("the whole agent, {name}, {moment}"));
             row["services"] = json!(CLUSTER.services);
             row["endpoints"] = json!(CLUSTER.services * CLUSTER.endpoints);
@@ -123,9 +123,9 @@ fn words(node: &Node) -> Result<Vec<u64>> {
     words.context("no such entry")
 }
 
-/// What /proc says of the process, in MB; the peak has the mappings of BPF maps in it.
-fn usage(agent: &Agent) -> Result<Value> {
-    let process = format!("/proc/{}", agent.pid()?);
+/// What /proc says of a process, in MB; the peak has the mappings of BPF maps in it.
+pub fn usage(pid: u32) -> Result<Value> {
+    let process = format!("/proc/{pid}");
     let status = fs::read_to_string(format!("{process}/status"))?;
     let field = |name: &str| -> Result<f64> {
         let line = status.lines().find_map(|line| line.strip_prefix(name));

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Instant};
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::super::{
     cluster::{Cluster, PORT, TARGET_PORT, slice_manifest},
@@ -12,8 +12,6 @@ use super::super::{
 use crate::{Manifests, Node, Pod, Topology, kube::ControlPlane};
 
 const NAMESPACE: &str = "bench";
-/// Services whose endpoint changes; they have just one, so that every new connection shows it. Spread over all Services.
-const CHANGING: u32 = 8;
 /// Services of one file.
 const IN_A_FILE: u32 = 100;
 
@@ -54,7 +52,7 @@ impl World {
             let items = list["items"].as_array().cloned().unwrap_or_default();
             let items: Vec<_> = items
                 .into_iter()
-                .filter(|item| !world.is_changing_slice(item))
+                .filter(|item| !cluster.is_changing_slice(item))
                 .collect();
             let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
             world
@@ -84,11 +82,7 @@ impl World {
         let control = ControlPlane::start(&self.topology)?;
         let services = self.cluster.services;
         println!("the API server takes in {services} Services");
-        let mut list = self.cluster.full_manifest(0..services, Cluster::endpoint);
-        let items = list["items"].as_array_mut().into_iter().flatten();
-        for item in items.filter(|item| self.is_changing_slice(item)) {
-            item["endpoints"] = json!([{"addresses": [self.servers[0].v4()]}]);
-        }
+        let list = self.cluster.manifest_with_changing(self.servers[0].v4());
         control.create_all(NAMESPACE, &list)?;
         Ok(control)
     }
@@ -113,18 +107,7 @@ impl World {
 
     /// Numbers of the Services whose endpoint changes.
     pub fn changing(&self) -> Vec<u32> {
-        let count = CHANGING.min(self.cluster.services);
-        (0..count)
-            .map(|n| n * (self.cluster.services / count))
-            .collect()
-    }
-
-    fn is_changing_slice(&self, item: &Value) -> bool {
-        let changing = self.changing();
-        item["kind"] == "EndpointSlice"
-            && changing
-                .iter()
-                .any(|service| item["metadata"]["name"] == format!("{}-1", name(*service)))
+        self.cluster.changing()
     }
 }
 
