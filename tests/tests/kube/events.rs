@@ -108,14 +108,16 @@ fn who_loses_an_address_and_an_agent_without_a_port_are_told_of() {
             .follow_api(&c.control.kubeconfig_of(KUBE_PROXY)?);
         c.scenario.agent.spawn()?;
         c.scenario.agent.wait_ready()?;
-        for (name, number) in [("first", 31), ("second", 32)] {
+        let claim = |c: &Cluster, name, number| {
             let address = Ipv4Addr::new(10, 96, 0, number).into();
             let service = Service::new(name, &[address])
                 .port("http", "TCP", TCP, TCP_TARGET)
                 .spec("externalIPs", vec!["198.51.100.31"])
                 .endpoint(c.scenario.endpoint(&c.scenario.near));
-            c.control.apply(&service)?;
-        }
+            c.control.apply(&service)
+        };
+        claim(c, "first", 31)?;
+        claim(c, "second", 32)?;
         let lost = next(&c.control, "AddressTaken", &[])?;
         assert_eq!(lost["regarding"]["name"], "second");
         assert_eq!(lost["regarding"]["kind"], "Service");
@@ -128,6 +130,14 @@ fn who_loses_an_address_and_an_agent_without_a_port_are_told_of() {
             note.contains("198.51.100.31:80") && note.contains("Service default/first has it"),
             "{note}"
         );
+
+        // Every agent of the cluster finds the same, and tells it once for all.
+        c.scenario.agent.stop()?;
+        c.scenario.agent.spawn()?;
+        c.scenario.agent.wait_ready()?;
+        claim(c, "third", 33)?;
+        let later = next(&c.control, "AddressTaken", &[lost.clone()])?;
+        assert_eq!(later["regarding"]["name"], "third");
 
         c.scenario.agent.stop()?;
         let _taken = node.place().inside(|| TcpListener::bind(METRICS))??;

@@ -1,10 +1,18 @@
 //! Writes Events to the API server, under kube-proxy's names: what looks for its Events finds ours.
 
-use std::time::Duration;
+use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    time::Duration,
+};
 
-use k8s_openapi::api::core::v1::ObjectReference;
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::{core::v1::ObjectReference, events::v1},
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
+};
 use kube::{
-    Client,
+    Api, Client,
+    api::PostParams,
     runtime::events::{self, EventType, Recorder, Reporter},
 };
 use tokio::{
@@ -28,15 +36,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Writes what comes until nobody tells anything any more. That it cannot be written is told once, until it can again.
 pub async fn write(client: Client, here: NodeName, mut letters: mpsc::Receiver<Letter>) {
-    let reporter = Reporter {
-        controller: CONTROLLER.to_owned(),
-        instance: Some(format!("{CONTROLLER}-{here}")),
-    };
-    let recorder = Recorder::new(client, reporter);
+    let pen = Pen::new(client, &here);
     let mut is_told = false;
     while let Some((event, written)) = letters.recv().await {
+        // Every node finds that.
+        let is_shared = matches!(event, Event::AddressTaken { .. });
         let (event, about) = described(event, &here);
-        match publish(&recorder, &event, &about).await {
+        match pen.write(&event, &about, is_shared).await {
             Ok(()) => is_told = false,
             Err(error) if is_told => tracing::debug!(%error, "cannot write an Event"),
             Err(error) => {
@@ -54,24 +60,82 @@ pub async fn write(client: Client, here: NodeName, mut letters: mpsc::Receiver<L
     }
 }
 
-async fn publish(
-    recorder: &Recorder,
-    event: &events::Event,
-    about: &ObjectReference,
-) -> Result<(), String> {
-    let mut tries = 0;
-    loop {
-        let why = match timeout(PATIENCE, recorder.publish(event, about)).await {
-            Ok(Ok(())) => return Ok(()),
-            Ok(Err(kube::Error::Api(status))) => return Err(refusal(&status)),
-            Ok(Err(error)) => causes(&error),
-            Err(_) => "no answer".to_owned(),
+/// Writes Events in this node's name.
+struct Pen {
+    client: Client,
+    instance: String,
+    recorder: Recorder,
+}
+
+impl Pen {
+    fn new(client: Client, here: &NodeName) -> Self {
+        let instance = format!("{CONTROLLER}-{here}");
+        let reporter = Reporter {
+            controller: CONTROLLER.to_owned(),
+            instance: Some(instance.clone()),
         };
-        tries += 1;
-        if tries == TRIES {
-            return Err(why);
+        Self {
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+            instance,
         }
-        sleep(RETRY).await;
+    }
+
+    async fn write(
+        &self,
+        event: &events::Event,
+        about: &ObjectReference,
+        is_shared: bool,
+    ) -> Result<(), String> {
+        let mut tries = 0;
+        loop {
+            let written = async {
+                match is_shared {
+                    true => self.create(event, about).await,
+                    false => self.recorder.publish(event, about).await,
+                }
+            };
+            let why = match timeout(PATIENCE, written).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(kube::Error::Api(status))) => return Err(refusal(&status)),
+                Ok(Err(error)) => causes(&error),
+                Err(_) => "no answer".to_owned(),
+            };
+            tries += 1;
+            if tries == TRIES {
+                return Err(why);
+            }
+            sleep(RETRY).await;
+        }
+    }
+
+    /// Under a name that all nodes give it: thousands of them write one Event.
+    async fn create(&self, event: &events::Event, about: &ObjectReference) -> kube::Result<()> {
+        let mut hasher = DefaultHasher::new();
+        (&event.reason, &event.note).hash(&mut hasher);
+        let of = about.name.as_deref().unwrap_or_default();
+        let object = v1::Event {
+            metadata: ObjectMeta {
+                name: Some(format!("{of}.{:x}", hasher.finish())),
+                ..ObjectMeta::default()
+            },
+            action: Some(event.action.clone()),
+            event_time: Some(MicroTime(Timestamp::now())),
+            note: event.note.clone(),
+            reason: Some(event.reason.clone()),
+            regarding: Some(about.clone()),
+            reporting_controller: Some(CONTROLLER.to_owned()),
+            reporting_instance: Some(self.instance.clone()),
+            type_: Some("Warning".to_owned()),
+            ..v1::Event::default()
+        };
+        let namespace = about.namespace.as_deref().unwrap_or_default();
+        let api: Api<v1::Event> = Api::namespaced(self.client.clone(), namespace);
+        match api.create(&PostParams::default(), &object).await {
+            // Somebody was faster.
+            Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
+            other => other.map(drop),
+        }
     }
 }
 
