@@ -33,6 +33,8 @@ mod stream;
 /// Selects what is for this proxy: not another proxy's, and not a headless Service's (pkg/proxy/config, kube-proxy's
 /// `NewFilteredSharedInformerFactory`).
 const LABELS: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
+/// As kube-proxy 1.36 asks for Services (cmd/kube-proxy/app/server.go, `Run`).
+const NOT_HEADLESS: &str = "spec.clusterIP!=None";
 /// Events on their way; as many make one update.
 const EVENTS: usize = 1_024;
 /// A Node that is not there when Services and slices are, because its list is refused or late, holds nobody up for longer.
@@ -109,25 +111,38 @@ async fn follow(
     opted_out: Option<watch::Sender<BTreeSet<String>>>,
 ) {
     let (sender, mut events) = mpsc::channel(EVENTS);
-    let own = Selector::Field(format!("metadata.name={}", collector.here()));
-    let labels = || Selector::Label(LABELS.to_owned());
+    let own = Selector {
+        fields: format!("metadata.name={}", collector.here()),
+        ..Selector::default()
+    };
+    let of_slices = Selector {
+        labels: LABELS.to_owned(),
+        ..Selector::default()
+    };
+    let of_services = Selector {
+        spares: NOT_HEADLESS.to_owned(),
+        ..of_slices.clone()
+    };
     let services: Api<v1::Service> = Api::all(client.clone());
     let slices: Api<discovery::EndpointSlice> = Api::all(client.clone());
     let nodes: Api<v1::Node> = Api::all(client.clone());
     if opted_out.is_some() {
         let pods: Api<v1::Pod> = Api::all(client);
-        let of_node = Selector::Field(format!("spec.nodeName={}", collector.here()));
+        let of_node = Selector {
+            fields: format!("spec.nodeName={}", collector.here()),
+            ..Selector::default()
+        };
         tokio::spawn(stream::follow(pods, of_node, Item::Pod, sender.clone()));
     }
     tokio::spawn(stream::follow(
         services,
-        labels(),
+        of_services,
         Item::Service,
         sender.clone(),
     ));
     tokio::spawn(stream::follow(
         slices,
-        labels(),
+        of_slices,
         Item::Slice,
         sender.clone(),
     ));

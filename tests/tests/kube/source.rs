@@ -175,7 +175,7 @@ fn an_api_server_without_streamed_lists_is_followed_by_pages() {
         c.scenario.agent.spawn()?;
         // There is no Node object of its name either.
         c.scenario.agent.wait_ready()?;
-        c.wait_log("this API server streams no lists")?;
+        c.wait_log("this API server is too old")?;
         c.wait_served_by(&[&near])?;
         c.apply(&[&far])?;
         c.wait_served_by(&[&far])?;

@@ -23,13 +23,15 @@ const STALLED: Duration = Duration::from_secs(15);
 /// next, then half a minute for a connection. It does not tell that it goes on.
 const QUIET: Duration = Duration::from_secs(100);
 
-/// What to follow of a kind.
-#[derive(Clone, Debug)]
-pub enum Selector {
-    /// Objects with, or without, labels.
-    Label(String),
-    /// Objects with these fields.
-    Field(String),
+/// What to follow of a kind: objects with, or without, these labels and fields.
+#[derive(Clone, Debug, Default)]
+pub struct Selector {
+    /// Labels; none means all objects.
+    pub labels: String,
+    /// Fields.
+    pub fields: String,
+    /// Fields of objects that are of use to nobody: an old server does not know them, and sends all.
+    pub spares: String,
 }
 
 /// What is heard of a kind.
@@ -66,13 +68,10 @@ pub async fn follow<K>(
 ) where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let mut strategy = InitialListStrategy::StreamingList;
-    loop {
-        let mut stream = pin!(
-            kube::runtime::watcher(api.clone(), config(&selector, strategy.clone()))
-                .default_backoff()
-        );
-        let streams = strategy == InitialListStrategy::StreamingList;
+    let mut ways = ways(&selector).into_iter().peekable();
+    while let Some(config) = ways.next() {
+        let streams = config.initial_list_strategy == InitialListStrategy::StreamingList;
+        let mut stream = pin!(kube::runtime::watcher(api.clone(), config).default_backoff());
         let (mut is_listing, mut has_failed) = (false, false);
         loop {
             let limit = match (streams && is_listing, has_failed) {
@@ -81,7 +80,7 @@ pub async fn follow<K>(
                 (false, false) => Duration::MAX,
             };
             let heard = match timeout(limit, stream.next()).await {
-                Ok(Some(Err(error))) if streams && is_refused(&error) => break,
+                Ok(Some(Err(error))) if ways.peek().is_some() && is_refused(&error) => break,
                 Ok(Some(Err(error))) => Heard::Failed(explain::<K>(&error)),
                 Ok(Some(Ok(event))) => Heard::Event(Box::new(event)),
                 Err(_) if !is_listing => Heard::Quiet,
@@ -97,25 +96,45 @@ pub async fn follow<K>(
                 return;
             }
         }
-        tracing::info!(kind = %K::kind(&()), "this API server streams no lists: they are read by pages");
-        strategy = InitialListStrategy::ListWatch;
+        tracing::info!(kind = %K::kind(&()), "this API server is too old for how it was asked: asking it in a plainer way");
     }
 }
 
-fn config(selector: &Selector, strategy: InitialListStrategy) -> watcher::Config {
-    let config = watcher::Config {
-        initial_list_strategy: strategy,
+/// How to follow a kind, the best way first: by a streamed list (the feature gate WatchList may be off), else by pages; and
+/// both without what only spares the server.
+fn ways(selector: &Selector) -> Vec<watcher::Config> {
+    let Selector {
+        labels,
+        fields,
+        spares,
+    } = selector;
+    let more = (!spares.is_empty()).then(|| [fields.as_str(), spares].join(","));
+    let more = more.map(|fields| fields.trim_start_matches(',').to_owned());
+    let strategies = [
+        InitialListStrategy::StreamingList,
+        InitialListStrategy::ListWatch,
+    ];
+    let config = |fields: &str, strategy: &InitialListStrategy| watcher::Config {
+        initial_list_strategy: strategy.clone(),
+        label_selector: (!labels.is_empty()).then(|| labels.clone()),
+        field_selector: (!fields.is_empty()).then(|| fields.to_owned()),
         ..watcher::Config::default()
     };
-    match selector {
-        Selector::Label(labels) => config.labels(labels),
-        Selector::Field(fields) => config.fields(fields),
-    }
+    let fields = more.into_iter().chain([fields.clone()]);
+    fields
+        .flat_map(|fields| {
+            strategies
+                .each_ref()
+                .map(|strategy| config(&fields, strategy))
+        })
+        .collect()
 }
 
-/// Whether the server does not know streamed lists (the feature gate WatchList is off).
+/// Whether the server does not know what it is asked for.
 fn is_refused(error: &watcher::Error) -> bool {
-    let watcher::Error::WatchStartFailed(kube::Error::Api(status)) = error else {
+    let (watcher::Error::WatchStartFailed(kube::Error::Api(status))
+    | watcher::Error::InitialListFailed(kube::Error::Api(status))) = error
+    else {
         return false;
     };
     [400, 422].contains(&status.code)
@@ -141,4 +160,34 @@ fn explain<K: Resource<DynamicType = ()>>(error: &watcher::Error) -> String {
     };
     let text = causes(error);
     format!("{text}{remedy}; what is known stays in use, trying again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_spares_the_server_is_left_out_last() {
+        let selector = |fields: &str, spares: &str| Selector {
+            labels: "!a".to_owned(),
+            fields: fields.to_owned(),
+            spares: spares.to_owned(),
+        };
+        let asked = |selector: &Selector| -> Vec<(bool, Option<String>)> {
+            let ways = ways(selector).into_iter();
+            ways.map(|way| {
+                assert_eq!(way.label_selector.as_deref(), Some("!a"));
+                let streams = way.initial_list_strategy == InitialListStrategy::StreamingList;
+                (streams, way.field_selector)
+            })
+            .collect()
+        };
+        let both = |fields: Option<&str>| [true, false].map(|way| (way, fields.map(str::to_owned)));
+        assert_eq!(asked(&selector("", "")), both(None));
+        assert_eq!(asked(&selector("b=c", "")), both(Some("b=c")));
+        let spared = [both(Some("d!=e")), both(None)].concat();
+        assert_eq!(asked(&selector("", "d!=e")), spared);
+        let spared = [both(Some("b=c,d!=e")), both(Some("b=c"))].concat();
+        assert_eq!(asked(&selector("b=c", "d!=e")), spared);
+    }
 }

@@ -5,7 +5,12 @@ use std::{
     sync::Mutex,
 };
 
-use axum::{Router, body::Body, extract::State, http::Uri};
+use axum::{
+    Router,
+    body::Body,
+    extract::State,
+    http::{StatusCode, Uri},
+};
 use futures_util::{StreamExt as _, stream};
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, time::timeout};
@@ -21,19 +26,27 @@ const NODES: &str = "/api/v1/nodes";
 /// What each connection to a collection is told, in turn. Then it hears nothing more.
 type Scripts = BTreeMap<&'static str, VecDeque<Vec<Value>>>;
 
-/// An API server that says odd things, which a real one never does: its address.
+/// What an old server does not know.
+const OLD: &str = "spec.clusterIP";
+
+/// An API server that says odd things, which a real one never does, and knows no new fields: its address.
 async fn odd_server(scripts: Scripts) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let told: &Mutex<Scripts> = Box::leak(Box::new(Mutex::new(scripts)));
     let answer = |State(told): State<&'static Mutex<Scripts>>, uri: Uri| async move {
+        if uri.query().is_some_and(|query| query.contains(OLD)) {
+            let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": 400, "reason": "BadRequest", "message": "field label not supported"});
+            return (StatusCode::BAD_REQUEST, Body::from(status.to_string()));
+        }
         let script = {
             let mut scripts = told.lock().unwrap();
             scripts.get_mut(uri.path()).and_then(VecDeque::pop_front)
         };
         let lines = script.unwrap_or_default().into_iter();
         let lines = lines.map(|line| Ok::<_, io::Error>(format!("{line}\n")));
-        Body::from_stream(stream::iter(lines).chain(stream::pending()))
+        let lines = stream::iter(lines).chain(stream::pending());
+        (StatusCode::OK, Body::from_stream(lines))
     };
     let router = Router::new().fallback(answer).with_state(told);
     tokio::spawn(async move { axum::serve(listener, router).await });
