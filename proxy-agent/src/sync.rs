@@ -24,20 +24,15 @@ use crate::{
 
 mod compiled;
 mod inbox;
+mod pauses;
 mod quarrel;
 mod status;
 
 pub use compiled::Compiled;
 pub use inbox::{Inbox, Progress, Scope, Turn};
+use pauses::{AUDIT_EVERY, audit_after, retry_after};
 use quarrel::Quarrel;
 pub use status::SyncStatus;
-
-/// Wait after the first of a row of errors; doubles with each.
-const FIRST_RETRY: Duration = Duration::from_millis(10);
-/// Longest wait after an error.
-const LAST_RETRY: Duration = Duration::from_secs(30);
-/// Between two audits of the kernel.
-const AUDIT_EVERY: Duration = Duration::from_secs(60);
 
 /// A backend is tended at least this often: what somebody else changes has to be back within a second.
 const TEND_EVERY: Duration = Duration::from_millis(500);
@@ -234,7 +229,9 @@ impl<B: Backend> Layer<B> {
             return Ok(false);
         }
         self.audit_at = now + AUDIT_EVERY;
+        let begun = Instant::now();
         let found = self.backend.observe()?;
+        self.audit_at = now + audit_after(begun.elapsed());
         if self.backend.yields() {
             return Ok(true);
         }
@@ -373,13 +370,6 @@ impl<B: Backend> Layer<B> {
             until: now + wait,
         }
     }
-}
-
-/// Ten milliseconds, doubled with each failure before this one, thirty seconds at most.
-fn retry_after(failures: u32) -> Duration {
-    FIRST_RETRY
-        .saturating_mul(1 << failures.min(16))
-        .min(LAST_RETRY)
 }
 
 fn part(dirty: &Dirty) -> Part<'_> {

@@ -8,6 +8,8 @@ use crate::{backends::Error, state::Family};
 
 /// Chains by which kubelet tells others where it writes: KUBE-IPTABLES-HINT since 1.24 (KEP-3178), its canary before.
 const KUBELET: [&str; 2] = [":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY "];
+/// A table that has them, and is short: those of Services take seconds to read.
+const HINTS: &str = "mangle";
 
 /// A variant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,11 +139,15 @@ pub fn choose() -> Result<Choice, Error> {
             stale: None,
         });
     }
-    let nft = saved(Variant::Nft)?;
     // Asking for legacy tables makes the kernel load them, so it is not asked where there are none.
     let legacy = match legacy_is_in_use() {
-        true => saved(Variant::Legacy)?,
+        true => saved(Variant::Legacy, None)?,
         false => String::new(),
+    };
+    let nft = saved(Variant::Nft, Some(HINTS))?;
+    let nft = match is_kubelets(&nft) && !is_kubelets(&legacy) {
+        true => nft,
+        false => saved(Variant::Nft, None)?,
     };
     let (variant, why) = judge(&nft, &legacy, default_is_nft);
     Ok(Choice {
@@ -167,10 +173,13 @@ fn version(text: &str) -> Result<String, Error> {
     })
 }
 
+fn is_kubelets(saved: &str) -> bool {
+    KUBELET.iter().any(|chain| saved.contains(chain))
+}
+
 fn judge(nft: &str, legacy: &str, default_is_nft: bool) -> (Variant, String) {
-    let of_kubelet = |text: &str| KUBELET.iter().any(|chain| text.contains(chain));
     let rules = |text: &str| text.lines().filter(|line| line.starts_with("-A")).count();
-    match (of_kubelet(nft), of_kubelet(legacy)) {
+    match (is_kubelets(nft), is_kubelets(legacy)) {
         (true, false) => (Variant::Nft, "kubelet's chains are there".to_owned()),
         (false, true) => (Variant::Legacy, "kubelet's chains are there".to_owned()),
         (_, _) => match (rules(nft), rules(legacy)) {
@@ -205,12 +214,12 @@ const NOT_IN_THE_KERNEL: [&str; 4] = [
     "Address family not supported",
 ];
 
-/// All tables of the families that can be read.
+/// All tables of the families that can be read, or one of them.
 ///
 /// # Errors
 /// A tool failed, and none could be read: nobody knows what is there.
-fn saved(variant: Variant) -> Result<String, Error> {
-    readable([Family::V4, Family::V6].map(|family| saved_of(variant, family)))
+fn saved(variant: Variant, table: Option<&str>) -> Result<String, Error> {
+    readable([Family::V4, Family::V6].map(|family| saved_of(variant, family, table)))
 }
 
 fn readable(found: [Result<Option<String>, Error>; 2]) -> Result<String, Error> {
@@ -221,9 +230,14 @@ fn readable(found: [Result<Option<String>, Error>; 2]) -> Result<String, Error> 
 }
 
 /// None where the kernel has no such tables.
-fn saved_of(variant: Variant, family: Family) -> Result<Option<String>, Error> {
+fn saved_of(
+    variant: Variant,
+    family: Family,
+    table: Option<&str>,
+) -> Result<Option<String>, Error> {
     let tool = variant.tool(family, "save")?;
-    let output = run(&tool, &[], "")?;
+    let arguments = table.map(|table| ["-t", table]);
+    let output = run(&tool, arguments.as_ref().map_or(&[], |of| &of[..]), "")?;
     let said = &output.stderr;
     match output.success {
         true => Ok(Some(output.stdout)),
