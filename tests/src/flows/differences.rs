@@ -164,6 +164,13 @@ pub const DIFFERENCES: &[Difference] = &[
         ),
     },
     Difference {
+        what: "An address of the ServiceCIDRs that no Service has",
+        kube_proxy: "routed on (iptables mode), dropped (nftables mode)",
+        here: "routed on: the ServiceCIDRs are not read",
+        changes: None,
+        answers: None,
+    },
+    Difference {
         what: "A ClusterIP that is assigned to a local link",
         kube_proxy: "translated all the same, unless NodeLocal DNSCache's own rules prevent it",
         here: "left to whoever has it",
