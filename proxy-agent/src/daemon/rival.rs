@@ -33,6 +33,8 @@ const KUBE_PROXY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 
 const ASK_EVERY: Duration = Duration::from_secs(1);
 /// Longest wait for a connection to this machine, and for a whole answer.
 const TIMEOUT: Duration = Duration::from_secs(1);
+/// kube-proxy's table of one family follows that of the other one within this time, or not at all.
+const OTHER_FAMILY: Duration = Duration::from_secs(60);
 /// More than any answer to `/proxyMode` has, bytes.
 const ANSWER_BYTES: usize = 4096;
 
@@ -130,8 +132,8 @@ pub struct Beside {
     give_way: watch::Sender<bool>,
     metrics: Arc<Metrics>,
     told: Stance,
-    /// Our rules are still to go.
-    leaves: bool,
+    /// Our rules are still to go, since then.
+    leaves: Option<Instant>,
     /// What could not be removed, told once.
     trouble: Option<String>,
 }
@@ -146,7 +148,7 @@ impl Beside {
             give_way,
             metrics,
             told: Stance::Serve,
-            leaves: false,
+            leaves: None,
             trouble: None,
         }
     }
@@ -159,10 +161,14 @@ impl Beside {
         let stance = rivals.decision().stance();
         let wants_clearing = rivals.decision().wants_clearing();
         self.tell(stance);
-        if self.leaves {
+        // Its tables of both families are not written at once, if there are both.
+        let is_due = |since: Instant| nft::serves_all() || since.elapsed() >= OTHER_FAMILY;
+        if self.leaves.is_some_and(is_due) {
             // Nobody keeps them true any more, and they would translate beside its table.
             let done = iptables::remove(backend.tables_mut(), Extent::Ours);
-            self.leaves = self.keep(done).is_none();
+            if self.keep(done).is_some() {
+                self.leaves = None;
+            }
         }
         // Never before our own rules serve everything.
         if wants_clearing && status.is_serving {
@@ -219,7 +225,7 @@ impl Beside {
                 tracing::info!("no other proxy serves this node any more: taking over");
             }
         }
-        self.leaves = stance == Stance::Observe(Sign::NftTable);
+        self.leaves = (stance == Stance::Observe(Sign::NftTable)).then(Instant::now);
         let gives_way = matches!(stance, Stance::Observe(_));
         self.give_way.send_replace(gives_way);
     }

@@ -136,7 +136,7 @@ fn who_loses_an_address_and_an_agent_without_a_port_are_told_of() {
         c.scenario.agent.spawn()?;
         c.scenario.agent.wait_ready()?;
         claim(c, "third", 33)?;
-        let later = next(&c.control, "AddressTaken", &[lost.clone()])?;
+        let later = next(&c.control, "AddressTaken", std::slice::from_ref(&lost))?;
         assert_eq!(later["regarding"]["name"], "third");
 
         c.scenario.agent.stop()?;

@@ -90,26 +90,15 @@ fn names_lead_to_pods(
     let wanted: BTreeSet<_> = servers.iter().map(|pod| pod.name.clone()).collect();
     for client in clients {
         for family in ["--ipv4", "--ipv6"] {
-            let ask = [
-                "exec",
-                &client.name,
-                "--",
-                "curl",
-                "--silent",
-                "--show-error",
-                "--max-time",
-                "5",
-            ];
-            let anew = ["--header", "Connection: close"];
-            let urls = ["http://web", "http://web.default.svc.cluster.local"];
-            let urls: Vec<&str> = urls.into_iter().cycle().take(OFTEN).collect();
-            let args = [&ask[..], &anew, &[family], &urls].concat();
-            let said = nodes
-                .control
-                .kubectl(&args)
-                .with_context(|| nodes.state())?;
-            let who: BTreeSet<_> = said.lines().map(str::to_owned).collect();
-            ensure!(who == wanted, "{} on {}: {who:?}", client.name, client.node);
+            let names = ["http://web", "http://web.default.svc.cluster.local"];
+            let often: Vec<&str> = names.into_iter().cycle().take(OFTEN).collect();
+            // A pod that is ready is known to every proxy a moment later.
+            wait_for("both pods answer", SOON, || {
+                let said = nodes.get(client, &[&[family][..], &often].concat())?;
+                let who: BTreeSet<_> = said.lines().map(str::to_owned).collect();
+                ensure!(who == wanted, "{} on {}: {who:?}", client.name, client.node);
+                Ok(())
+            })?;
         }
     }
     Ok(())
@@ -204,9 +193,9 @@ fn a_pod_opts_out(nodes: &Nodes) -> anyhow::Result<()> {
     let (clients, meshes) = (nodes.enter("app=client")?, nodes.enter("app=mesh")?);
     for (client, mesh) in clients.iter().zip(&meshes) {
         let before = nodes.opted_out(&client.node)?;
-        nodes.get_web(client)?;
+        nodes.get(client, &["http://web"])?;
         ensure!(nodes.opted_out(&client.node)? == before, "{}", client.name);
-        nodes.get_web(mesh)?;
+        nodes.get(mesh, &["http://web"])?;
         let after = nodes.opted_out(&mesh.node)?;
         ensure!(after > before, "{}: {before} and {after}", mesh.name);
     }

@@ -3,12 +3,14 @@
 use std::{
     io,
     net::SocketAddr,
+    thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use proxy_tests::{
     Pod, Scenario, Service,
+    peer::PATIENCE,
     scenario::{SOON, UDP, UDP_TARGET, each_family, passes},
     wait_for,
 };
@@ -263,5 +265,36 @@ fn a_tcp_connection_leaves_udp_alone() {
         let peer = s.client.peer()?;
         assert_eq!(peer.ask_tcp((s.outside(1), 80).into())?, "near");
         passes(&peer, (s.outside(1), 53).into())
+    });
+}
+
+#[test]
+#[ignore = "needs root and eBPF"]
+fn an_answer_that_comes_during_a_cleanup_is_still_the_services() {
+    each_family("udp-cleanup", |s| {
+        let port = UDP_TARGET + 1;
+        let server = s.near.peer()?.open_udp((s.unspecified(), port).into())?;
+        let endpoint = s.endpoint(&s.near).at_port(port);
+        s.apply(&s.service("dns", 1).endpoint(endpoint))?;
+        s.agent.stop()?;
+        let to = SocketAddr::from((s.vip(1), UDP));
+        let client = s.client.peer()?.open_udp_for(to)?;
+        client.send_to("?", to)?;
+        let (_, from) = server.receive(PATIENCE)?;
+        let connects = s.a.bpf_dir().join("links/connect4");
+        ensure!(connects.exists(), "no hook at {}", connects.display());
+        thread::scope(|scope| {
+            let cleanup = scope.spawn(|| s.agent.text(&["cleanup"]));
+            wait_for("nothing is translated any more", SOON, || {
+                ensure!(!connects.exists(), "connect4 is still attached");
+                Ok(())
+            })?;
+            server.send_to("late", from.context("no sender")?)?;
+            let heard = client.receive(PATIENCE)?;
+            ensure!(heard == ("late".to_owned(), Some(to)), "{heard:?}");
+            cleanup.join().expect("no panic").map(drop)
+        })?;
+        ensure!(!s.a.bpf_dir().exists(), "the directory is still there");
+        Ok(())
     });
 }

@@ -5,6 +5,8 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use aya_obj::generated::{bpf_attach_type, bpf_link_info, bpf_link_type};
@@ -338,6 +340,11 @@ pub fn pinned_link(links: &Path, hook: Hook) -> Result<Option<(OwnedFd, bpf_link
 /// # Errors
 /// The kernel refused; the hooks before it are gone.
 pub fn detach_all(links: &Path) -> Result<(), Error> {
+    let is_attached = |hook: &Hook| links.join(hook.name()).exists();
+    if TRANSLATING.iter().any(is_attached) {
+        detach_translating(links)?;
+        thread::sleep(ANSWERS);
+    }
     for hook in Hook::ALL.into_iter().rev().chain([Hook::BindUdp]) {
         detach(links, hook)?;
     }
@@ -348,6 +355,9 @@ pub fn detach_all(links: &Path) -> Result<(), Error> {
         Ok(()) | Err(_) => Ok(()),
     }
 }
+
+/// Answers to datagrams that were translated before come within this time: their senders are still shown as the Service's.
+const ANSWERS: Duration = Duration::from_secs(1);
 
 /// The hooks that translate.
 pub const TRANSLATING: [Hook; 4] = [

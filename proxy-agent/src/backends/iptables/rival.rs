@@ -191,7 +191,7 @@ impl Rivals {
         let seen = Seen {
             proxy_mode: self.proxy_mode.load(Ordering::Relaxed),
             // Without nftables in the kernel there is no such table.
-            nft_table: nft::serves().unwrap_or(false),
+            nft_table: nft::serving().is_ok_and(|families| families > 0),
             canary,
             rules,
         };

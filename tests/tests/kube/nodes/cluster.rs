@@ -178,10 +178,11 @@ impl Nodes {
         Ok(found)
     }
 
-    /// Asks the Service `web` from the pod itself, by its name.
-    pub fn get_web(&self, pod: &RealPod) -> anyhow::Result<String> {
+    /// What curl prints in the pod, of a connection for each of these addresses.
+    pub fn get(&self, pod: &RealPod, what: &[&str]) -> anyhow::Result<String> {
         let curl = ["curl", "--silent", "--show-error", "--max-time", "5"];
-        let args = [&["exec", &pod.name, "--"][..], &curl, &["http://web"]].concat();
+        let anew = ["--header", "Connection: close"];
+        let args = [&["exec", &pod.name, "--"][..], &curl, &anew, what].concat();
         self.control.kubectl(&args).with_context(|| self.state())
     }
 

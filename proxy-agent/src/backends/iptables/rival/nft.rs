@@ -21,21 +21,25 @@ const SERVICES: &[u8] = b"services\0";
 /// `NFPROTO_IPV4` and `NFPROTO_IPV6`.
 const FAMILIES: [u8; 2] = [2, 10];
 
-/// Whether it is there and dispatches to Services, in either family. Costs microseconds.
+/// In how many of both families it is there and dispatches to Services. Costs microseconds.
 ///
 /// # Errors
 /// The kernel has no nfnetlink.
-pub fn serves() -> io::Result<bool> {
+pub fn serving() -> io::Result<usize> {
+    let mut count = 0;
     for family in FAMILIES {
         let is_there = has(GETCHAIN, family, |writer| {
             writer.put(TABLE, NAME);
             writer.put(CHAIN, SERVICES);
         });
-        if is_there? {
-            return Ok(true);
-        }
+        count += usize::from(is_there?);
     }
-    Ok(false)
+    Ok(count)
+}
+
+/// Whether it serves all families that it may have.
+pub fn serves_all() -> bool {
+    serving().is_ok_and(|count| count == FAMILIES.len())
 }
 
 /// Removes it with all that is in it; says whether there was one.
@@ -91,19 +95,22 @@ mod tests {
                 assert!(output.status.success(), "{line}: {output:?}");
                 String::from_utf8(output.stdout).unwrap()
             };
-            assert!(!serves().unwrap());
+            assert_eq!(serving().unwrap(), 0);
             assert!(!remove().unwrap());
             nft("add table ip mine");
             for family in ["ip", "ip6"] {
                 nft(&format!("add table {family} kube-proxy"));
-                assert!(!serves().unwrap(), "empty");
+                assert_eq!(serving().unwrap(), 0, "empty");
                 nft(&format!("add chain {family} kube-proxy services"));
-                assert!(serves().unwrap(), "{family}");
+                assert_eq!(serving().unwrap(), 1, "{family}");
                 nft(&format!("delete chain {family} kube-proxy services"));
             }
             nft("add chain ip6 kube-proxy services");
+            assert!(!serves_all());
+            nft("add chain ip kube-proxy services");
+            assert!(serves_all());
             assert!(remove().unwrap());
-            assert!(!serves().unwrap());
+            assert_eq!(serving().unwrap(), 0);
             assert_eq!(nft("list tables").trim(), "table ip mine");
         });
     }
