@@ -58,8 +58,8 @@ impl Checks {
 }
 
 /// Serves what `checks` holds for ever; a change of endpoints alone need not wake anybody. A port that cannot be had is told
-/// once, in the log and to the cluster, counted in `failed`, and tried again; the others go on. Starts once every layer of `health` serves everything:
-/// before that no traffic shall come.
+/// once, in the log and to the cluster, counted in `failed`, and tried again; the others go on. Starts once every layer of
+/// `health` serves everything: before that no traffic shall come.
 pub async fn serve(
     checks: watch::Receiver<Checks>,
     health: Health,

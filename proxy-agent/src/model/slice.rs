@@ -194,8 +194,8 @@ impl Slice {
         Ok(SliceName::new(namespace, name))
     }
 
-    /// Reads a slice as seen from `here`, and says which endpoints it leaves out, of many the first; nothing if it is not for this proxy
-    /// (another proxy's, of a headless Service, of no Service, FQDN).
+    /// Reads a slice as seen from `here`, and says which endpoints it leaves out, of many the first; nothing if it is not for this
+    /// proxy (another proxy's, of a headless Service, of no Service, FQDN).
     ///
     /// # Errors
     /// What makes it impossible.

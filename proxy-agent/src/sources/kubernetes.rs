@@ -51,8 +51,9 @@ pub enum Error {
     Process(io::Error),
 }
 
-/// Starts to follow the API server on a thread of its own, and if it `wants_pods` those of this node. The first update is everything that there is. What is wrong with it
-/// is also logged, once. The thread ends when nobody takes updates and tells Events any more.
+/// Starts to follow the API server on a thread of its own, and if it `wants_pods` those of this node. The first update is
+/// everything that there is. What is wrong with it is also logged, once. The thread ends when nobody takes updates and tells
+/// Events any more.
 ///
 /// # Errors
 /// It cannot be followed; see [`Error`]. A server that does not answer is waited for.
