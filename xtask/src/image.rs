@@ -102,16 +102,16 @@ pub fn for_tests(workspace: &Workspace, agents: &[PathBuf], components: &Path) -
             vec![pod.clone()],
         ),
         (
-            "localhost/proxy-tests/pause:1",
-            &["/usr/sbin/sleep", "infinity"],
-            vec![pod],
-        ),
-        (
             "localhost/proxy-tests/coredns:1",
             &["/usr/local/bin/coredns"],
             vec![dns],
         ),
-        // As kubeadm's manifest calls it.
+        // As manifests call them, kubeadm's and those of our clean-up.
+        (
+            "registry.k8s.io/pause:3.10",
+            &["/usr/sbin/sleep", "infinity"],
+            vec![pod],
+        ),
         (
             "registry.k8s.io/kube-proxy:v1.36.3",
             &["/usr/local/bin/kube-proxy"],

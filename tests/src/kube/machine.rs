@@ -134,7 +134,7 @@ state = "/run/containerd"
 [grpc]
 address = "{RUNTIME}"
 [plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = "localhost/proxy-tests/pause:1"
+sandbox_image = "registry.k8s.io/pause:3.10"
 # Not every root may give processes a better score.
 restrict_oom_score_adj = true
 [plugins."io.containerd.grpc.v1.cri".cni]

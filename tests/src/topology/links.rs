@@ -180,6 +180,9 @@ fn set_sysctls() -> anyhow::Result<()> {
         ("ipv6/conf/default/forwarding", "1"),
         ("ipv6/conf/all/accept_dad", "0"),
         ("ipv6/conf/default/accept_dad", "0"),
+        // Each rejection is told, however many there are at once.
+        ("ipv4/icmp_ratemask", "0"),
+        ("ipv6/icmp/ratemask", "255"),
         // What kubeadm asks of a node: rules see what a bridge forwards.
         ("bridge/bridge-nf-call-iptables", "1"),
         ("bridge/bridge-nf-call-ip6tables", "1"),

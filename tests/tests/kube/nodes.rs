@@ -1,6 +1,7 @@
 //! Two real nodes: containerd and kubelet run the pods, the scheduler and the controllers make them, and the agent is deployed
 //! as its users would.
 
+mod beside;
 mod cluster;
 
 use std::{
@@ -70,7 +71,7 @@ fn serve(nodes: &Nodes) -> anyhow::Result<()> {
     };
     names_lead_to_pods(nodes, &clients, &servers)?;
     kubeadms_daemonset_goes_on_with_another_image_and_back(nodes, &traffic)?;
-    the_daemonset_takes_over(nodes, &traffic)?;
+    beside::the_agent_comes(nodes, &traffic)?;
     names_lead_to_pods(nodes, &clients, &servers)?;
     connected_sockets_hear_of_removed_endpoints(nodes, &clients[0], &servers)?;
     a_pod_opts_out(nodes)?;
@@ -78,7 +79,9 @@ fn serve(nodes: &Nodes) -> anyhow::Result<()> {
     a_deleted_agent_fails_nobody(nodes, &traffic)?;
     connected_sockets_hear_of_removed_endpoints(nodes, &clients[1], &servers)?;
     a_hung_agent_is_restarted(nodes, &traffic)?;
-    agrees_with_its_check(nodes)
+    agrees_with_its_check(nodes)?;
+    beside::kube_proxy_comes_back(nodes, &traffic)?;
+    names_lead_to_pods(nodes, &clients, &servers)
 }
 
 /// By the DNS of the cluster, in both families, wherever client and server are.
@@ -171,16 +174,6 @@ fn kubeadms_daemonset_goes_on_with_another_image_and_back(
         nodes.wait_rolled_out(SYSTEM, KUBE_PROXY)?;
     }
     assert_none_failed(loads).context("swap")
-}
-
-/// As `deploy/README.md` says it.
-fn the_daemonset_takes_over(nodes: &Nodes, traffic: &Traffic) -> anyhow::Result<()> {
-    let loads = traffic.start()?;
-    let overlay = deploy("overlays/kubeadm").display().to_string();
-    nodes.control.kubectl(&[SYSTEM, "delete", KUBE_PROXY])?;
-    nodes.control.kubectl(&["apply", "--kustomize", &overlay])?;
-    nodes.wait_rolled_out(SYSTEM, AGENT)?;
-    assert_none_failed(loads).context("the DaemonSet takes over")
 }
 
 /// By its annotation, once the agents may read pods.

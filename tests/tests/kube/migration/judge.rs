@@ -42,6 +42,8 @@ pub struct Excuses {
     pub lease: Option<Span>,
     /// kube-proxy had removed one kind of rules, and not yet written the other.
     pub gap: Option<Span>,
+    /// Nothing of the agent was left: what fails is kube-proxy's.
+    pub alone: Option<Span>,
 }
 
 /// How often what happened.
@@ -51,6 +53,7 @@ struct Counts {
     unfollowed: usize,
     lease: usize,
     gap: usize,
+    alone: usize,
 }
 
 impl fmt::Display for Counts {
@@ -60,11 +63,12 @@ impl fmt::Display for Counts {
             unfollowed,
             lease,
             gap,
+            alone,
         } = self;
         write!(
             f,
             "{answered} answered; to endpoints that were gone: {unfollowed} while nobody followed, {lease} while the lease ran \
-             out; {gap} failed in kube-proxy's start-up gap"
+             out; {gap} failed in kube-proxy's start-up gap, {alone} under kube-proxy alone"
         )
     }
 }
@@ -97,12 +101,13 @@ pub fn judge(name: &str, seen: &[Seen], lives: &[Life], excuses: &Excuses) -> an
             "too many failures to look at"
         );
         for failure in &report.failures {
-            match excuses
-                .gap
-                .is_some_and(|gap| gap.contains(failure.start_ns))
-            {
-                true => counts.gap += 1,
-                false => wrong.push(describe(*who, failure)),
+            let is_in = |span: Option<Span>| span.is_some_and(|of| of.contains(failure.start_ns));
+            if is_in(excuses.gap) {
+                counts.gap += 1;
+            } else if is_in(excuses.alone) {
+                counts.alone += 1;
+            } else {
+                wrong.push(describe(*who, failure));
             }
         }
         println!("{name}, {who}: {counts}");

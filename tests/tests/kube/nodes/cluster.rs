@@ -35,7 +35,7 @@ pub struct RealPod {
 
 pub struct Nodes {
     // Before the topology in which they run.
-    machines: Vec<Machine>,
+    pub machines: Vec<Machine>,
     pub control: ControlPlane,
     pub topology: Topology,
 }
@@ -57,10 +57,15 @@ impl Nodes {
         })
     }
 
+    /// Where the agent's pod finds what a test may touch: the node's part of cgroup v2.
+    pub fn cgroup() -> anyhow::Result<PathBuf> {
+        let root = names::cgroup2_root()?;
+        Ok(Path::new("/host/cgroup").join(root.strip_prefix("/sys/fs/cgroup")?))
+    }
+
     /// What kubeadm has made before anybody thinks of another proxy (cmd/kubeadm/app/phases/addons/proxy, v1.36).
     pub fn apply_kubeadms_kube_proxy(&self) -> anyhow::Result<()> {
-        let cgroup = names::cgroup2_root()?;
-        let cgroup = Path::new("/host/cgroup").join(cgroup.strip_prefix("/sys/fs/cgroup")?);
+        let cgroup = Self::cgroup()?;
         let account = "/var/run/secrets/kubernetes.io/serviceaccount";
         let config = json!({
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
@@ -71,7 +76,6 @@ impl Nodes {
             // Nobody may set the limit from inside a network namespace.
             "conntrack": {"maxPerCore": 0},
             "mode": "",
-            // What a test may touch: the node's part of the hierarchy.
             "proxyAgent": {"cgroup": cgroup},
         });
         let kubeconfig = json!({
