@@ -11,14 +11,14 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
-use crate::backends::ebpf::sys;
-
-/// Where `ip netns` and container runtimes bind network namespaces.
-pub const NAMED: &str = "/run/netns";
+use crate::backends::ebpf::{probe::NAMED_NAMESPACES, sys};
 
 /// Namespaces that have a name.
 pub fn named() -> Vec<PathBuf> {
-    let entries = fs::read_dir(NAMED).into_iter().flatten().flatten();
+    let entries = fs::read_dir(NAMED_NAMESPACES)
+        .into_iter()
+        .flatten()
+        .flatten();
     entries.map(|entry| entry.path()).collect()
 }
 

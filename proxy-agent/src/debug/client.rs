@@ -10,8 +10,8 @@ use proxy_ebpf::abi::Addr;
 
 use super::routes::Whereabouts;
 use crate::{
-    backends::own_addresses,
-    daemon::namespaces::{self, NAMED},
+    backends::{ebpf::probe::NAMED_NAMESPACES, own_addresses},
+    daemon::namespaces,
 };
 
 /// Who connects.
@@ -102,10 +102,10 @@ pub fn find(
             ..client(Some(cookie))
         });
     }
-    let path = Path::new(NAMED).join(text);
+    let path = Path::new(NAMED_NAMESPACES).join(text);
     if text.contains('/') || !path.exists() {
         return Err(format!(
-            "{text:?} is no client: give `host`, an address, the name of a network namespace in {NAMED}, or a netns cookie"
+            "{text:?} is no client: give `host`, an address, the name of a network namespace in {NAMED_NAMESPACES}, or a netns cookie"
         ));
     }
     match namespaces::inside(&path, namespaces::own_cookie) {

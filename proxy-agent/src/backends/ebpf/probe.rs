@@ -204,10 +204,13 @@ fn lacking(capabilities: u64) -> Option<String> {
     (!lacking.is_empty()).then(|| lacking.join(", "))
 }
 
+/// Where `ip netns` and container runtimes bind network namespaces.
+pub const NAMED_NAMESPACES: &str = "/run/netns";
+
 /// What follows, and helps, if the network namespaces of pods cannot be found from here.
 pub fn hidden_namespaces() -> Option<String> {
     let processes = fs::metadata("/proc/self/ns/pid").ok()?.ino();
-    hidden_from(processes, Path::new("/run/netns"))
+    hidden_from(processes, Path::new(NAMED_NAMESPACES))
 }
 
 /// Inode of the machine's first namespace of processes (PROC_PID_INIT_INO, include/linux/proc_ns.h).
