@@ -14,21 +14,24 @@ use crate::{names, names::Suffix, place::Place};
 
 /// Below the smallest of both tunnels: 1500 bytes less the headers of Ethernet, IPv6, UDP and VXLAN.
 const POD_MTU: u16 = 1430;
+const SWITCH_MAC: &str = "02:42:c0:a8:4d:01";
 
 /// The network between the nodes.
 pub(super) fn make_switch(suffix: &Suffix) -> anyhow::Result<()> {
     let netns = suffix.netns("switch");
     make_namespace(&netns)?;
     // What nobody translated ends here at once, with an error that no proxy would give.
-    let lines = "link set lo up
-link add br0 type bridge
+    let lines = format!(
+        "link set lo up
+link add br0 address {SWITCH_MAC} type bridge
 link set br0 up
 addr add 192.168.77.1/24 dev br0
 addr add fd00:192:168:77::1/64 dev br0 nodad
 route add unreachable 0.0.0.0/0
 route add unreachable ::/0
-";
-    batch("ip", &netns, lines)
+"
+    );
+    batch("ip", &netns, &lines)
 }
 
 /// The namespace of a node, with its bridge and tunnels.
@@ -48,6 +51,9 @@ route add fd00:10:244:{block:x}::/64 via {v6}
     );
     batch("ip", &suffix.netns("switch"), &lines)?;
     let mac = tunnel_mac(node);
+    // As the CNI plugin `bridge` does it: else it is the lowest of its ports, which come and go, and IPv6 neighbours go on
+    // with the former one for seconds.
+    let gateway_mac = format!("02:42:0a:f4:{number:02x}:01");
     let lines = format!(
         "link set lo up
 addr add {v4}/24 dev eth0
@@ -55,7 +61,7 @@ addr add {v6}/64 dev eth0 nodad
 link set eth0 up
 route add 0.0.0.0/0 via 192.168.77.1
 route add ::/0 via fd00:192:168:77::1
-link add cni0 mtu {POD_MTU} type bridge
+link add cni0 address {gateway_mac} mtu {POD_MTU} type bridge
 addr add 10.244.{number}.1/24 dev cni0
 addr add fd00:10:244:{block:x}::1/64 dev cni0 nodad
 link set cni0 up

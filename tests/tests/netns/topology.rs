@@ -34,6 +34,37 @@ fn pods_of_different_nodes_reach_each_other() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whatever ports its bridge has.
+#[test]
+#[ignore = "needs root"]
+fn the_gateway_of_pods_keeps_its_link_address() -> anyhow::Result<()> {
+    let mut topology = Topology::new("gateway")?;
+    let (node, other) = (topology.node("node-a")?, topology.node("node-b")?);
+    let (client, server) = (other.pod("client")?, node.pod("server")?);
+    server.serve_tcp(80)?;
+    let ask = || -> anyhow::Result<()> {
+        for v6 in FAMILIES {
+            let to = (server.address(v6), 80).into();
+            assert_eq!(client.ask_tcp(to)?, server.name());
+        }
+        Ok(())
+    };
+    for (port, address) in [
+        ("v-low", "02:00:00:00:00:01"),
+        ("v-lowest", "02:00:00:00:00:00"),
+    ] {
+        node.ip(&format!(
+            "link add {port} address {address} type veth peer name {port}-peer
+link set {port} master cni0
+link set {port} up
+"
+        ))?;
+        ask()?;
+    }
+    node.ip("link del v-lowest\n")?;
+    ask()
+}
+
 #[test]
 #[ignore = "needs root"]
 fn what_nobody_serves_fails_at_once_and_not_as_refused() -> anyhow::Result<()> {
