@@ -113,7 +113,7 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
         cli::Table::Sockets => {
             let (maps, mut contents) = open()?;
             contents.sockets = read::sockets(&maps)?;
-            contents.peers = maps.peers()?;
+            contents.peers = maps.pins.peers()?;
             show(&dump::sockets(&contents, now_ns), output)?;
         }
         cli::Table::Affinity => show(&dump::affinity(&open()?.1, now_ns), output)?,
@@ -121,6 +121,7 @@ pub fn dump(global: &cli::Global, args: &cli::Dump) -> Result<ExitCode, Error> {
         cli::Table::Status => {
             let (maps, contents) = open()?;
             let hooks = maps
+                .pins
                 .hooks()?
                 .into_iter()
                 .map(|hook| (hook.hook, hook.program))
@@ -179,7 +180,7 @@ fn by_maps(
     args: &cli::Explain,
 ) -> Result<(Client, Explanation), Error> {
     let (mount, served) = (cgroup_root()?, daemon::place::cgroup(global)?);
-    let excluded = maps.opt_out()?;
+    let excluded = maps.pins.opt_out()?;
     let own = own_addresses().into_iter().flatten().collect();
     let standing = |namespace: &Path| processes::standing(namespace, &mount, &served, &excluded);
     let client = client::find(
@@ -197,7 +198,12 @@ fn by_maps(
     let namespace = client.namespace.as_deref();
     let standing = namespace.map_or(Standing::Served, standing);
     let now_ns = monotonic_ns();
-    let hooks: BTreeSet<_> = maps.hooks()?.into_iter().map(|hook| hook.hook).collect();
+    let hooks: BTreeSet<_> = maps
+        .pins
+        .hooks()?
+        .into_iter()
+        .map(|hook| hook.hook)
+        .collect();
     let is_attached = links::TRANSLATING
         .iter()
         .all(|hook| hooks.contains(hook.name()));
@@ -294,7 +300,7 @@ fn check_maps(maps: &PinnedMaps) -> Result<Vec<check::Finding>, Error> {
     let mut findings = check::maps(&maps.meta(), monotonic_ns());
     let needed = Hook::ALL.iter().filter(|hook| !hook.is_optional());
     let needed: Vec<_> = needed.map(|hook| hook.name()).collect();
-    let attached = maps.hooks()?.into_iter();
+    let attached = maps.pins.hooks()?.into_iter();
     let attached = attached.map(|hook| (hook.hook, hook.program)).collect();
     findings.push(check::hooks(&attached, &needed));
     Ok(findings)

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use crate::{
     backends::{
         self,
-        ebpf::view::PinnedMaps,
+        ebpf::view::Pins,
         iptables::{
             host::accounts,
             names::{INVALID_DROPPED, LOCALHOST_ACCEPTED},
@@ -115,15 +115,15 @@ fn kernel_counters(bpf_dir: PathBuf) -> Arc<dyn Fn() -> Kernel + Send + Sync> {
 }
 
 fn map_counters(bpf_dir: &Path) -> Result<Kernel, backends::Error> {
-    let maps = PinnedMaps::open(bpf_dir)?;
-    let summaries = maps.maps()?.into_iter();
+    let pins = Pins::open(bpf_dir)?;
+    let summaries = pins.maps()?.into_iter();
     let summaries = summaries.map(|map| {
         let entries = map.entries.map(u64::from);
         (map.name, entries, u64::from(map.capacity))
     });
     Ok(Kernel {
         maps: summaries.collect(),
-        reasons: maps.reasons()?,
+        reasons: pins.reasons()?,
         accounts: Accounts::default(),
     })
 }

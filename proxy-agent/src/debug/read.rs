@@ -24,7 +24,7 @@ pub fn read(maps: &PinnedMaps) -> Result<Contents, Error> {
         vips: maps.vips()?.into_iter().collect(),
         addresses: maps.addresses()?.into_iter().collect(),
         affinity: maps.affinity_entries()?.into_iter().collect(),
-        reasons: maps.reasons()?,
+        reasons: maps.pins.reasons()?,
         maps: map_uses(maps)?,
         services: BTreeMap::new(),
         slots: BTreeMap::new(),
@@ -79,9 +79,11 @@ pub fn read(maps: &PinnedMaps) -> Result<Contents, Error> {
 pub fn sockets(maps: &PinnedMaps) -> Result<Vec<SocketRecord>, Error> {
     // First, and so the ones that stay: a socket may have storage from an earlier connection.
     let mut records: Vec<SocketRecord> = maps.connections().map(record).collect();
-    records.extend(maps.sockets()?);
+    records.extend(maps.pins.sockets()?);
     let namespaces = namespaces::all();
-    let listed = namespaces::visit(&namespaces, || maps.sockets().map_err(io::Error::other));
+    let listed = namespaces::visit(&namespaces, || {
+        maps.pins.sockets().map_err(io::Error::other)
+    });
     for (path, listed) in namespaces.iter().zip(listed) {
         match listed {
             Ok(listed) => records.extend(listed),
@@ -112,7 +114,7 @@ fn record(connection: Connection) -> SocketRecord {
 /// # Errors
 /// The kernel could not be read.
 pub fn map_uses(maps: &PinnedMaps) -> Result<Vec<MapUse>, Error> {
-    let summaries = maps.maps()?.into_iter();
+    let summaries = maps.pins.maps()?.into_iter();
     Ok(summaries
         .map(|map| MapUse {
             map: map.name,

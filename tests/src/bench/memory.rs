@@ -8,7 +8,7 @@ pub(super) use agent::usage;
 use std::{fs, net::Ipv4Addr, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result};
-use proxy_agent::{backends::ebpf::view::PinnedMaps, model::Objects};
+use proxy_agent::{backends::ebpf::view::Pins, model::Objects};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -69,7 +69,6 @@ pub fn engine(services: u32, endpoints: u32) -> Result<()> {
     let mut topology = Topology::new("bench-memory")?;
     let node = topology.node("node-a")?;
     let engine = Engine::start(&node, engine::model_of(cluster))?;
-    let maps = PinnedMaps::open(&node.bpf_dir())?;
     for service in 0..services {
         let other = Ipv4Addr::from(0x0c00_0000 + service);
         let addresses = (1..endpoints)
@@ -88,7 +87,11 @@ pub fn engine(services: u32, endpoints: u32) -> Result<()> {
         || (engine.pending() == 0).then_some(()).context("not yet"),
     )?;
     let mut usage = resident(&fs::read_to_string("/proc/self/smaps")?);
-    usage.maps = maps.maps()?.iter().map(|map| map.bytes).sum();
+    usage.maps = Pins::open(&node.bpf_dir())?
+        .maps()?
+        .iter()
+        .map(|map| map.bytes)
+        .sum();
     println!("{}", serde_json::to_string(&usage)?);
     Ok(())
 }

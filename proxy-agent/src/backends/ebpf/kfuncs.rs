@@ -4,10 +4,11 @@
 //! rustc emits no declaration of a kernel function that the kernel would take (aya#432), so a program calls a helper number
 //! that does not exist, and its calls are rewritten before the load (`reference`: v5.13, e6ac2450d6de).
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path, sync::OnceLock};
 
 use aya_obj::generated::bpf_insn;
 
+use super::links::{Hook, Place};
 use crate::backends::Error;
 
 /// Where the kernel shows its BTF.
@@ -23,10 +24,23 @@ const PSEUDO_KFUNC_CALL: u8 = 2;
 /// Kernel functions that the programs call, by placeholder.
 const FUNCTIONS: [(i32, &str); 1] = [(PLACEHOLDERS + 1, "bpf_sock_destroy")];
 
-/// The kernel's BTF: type descriptions, read once and dropped. Not parsed by aya, which needs 38 MB for it.
+/// The struct whose members the programs read, and those.
+const STRUCTURE: &str = "sock_common";
+const MEMBERS: [&str; 4] = ["skc_daddr", "skc_dport", "skc_family", "skc_v6_daddr"];
+
+/// What the programs need of the kernel's BTF, whose megabytes are read once and dropped. Not parsed by aya, which needs
+/// 38 MB for it.
 pub struct KernelBtf {
-    types: Vec<u8>,
-    strings: Vec<u8>,
+    /// Ids of functions, those that there are.
+    functions: BTreeMap<String, u32>,
+    /// Byte offsets in [`STRUCTURE`], those that there are.
+    offsets: BTreeMap<&'static str, u32>,
+}
+
+/// The kernel's BTF, as it is read.
+struct Raw<'a> {
+    types: &'a [u8],
+    strings: &'a [u8],
 }
 
 const KIND_STRUCT: u32 = 4;
@@ -43,21 +57,65 @@ struct Type<'a> {
 }
 
 impl KernelBtf {
-    /// Reads the running kernel's.
+    /// The running kernel's.
     ///
     /// # Errors
     /// The kernel has none, or it cannot be read.
-    pub fn read() -> Result<Self, Error> {
+    pub fn running() -> Result<&'static Self, Error> {
+        static RUNNING: OnceLock<KernelBtf> = OnceLock::new();
+        if let Some(known) = RUNNING.get() {
+            return Ok(known);
+        }
         let data = fs::read(Path::new(KERNEL_BTF)).map_err(|error| {
             Error::Unusable(format!(
                 "cannot read {KERNEL_BTF}: {error}; the eBPF programs need a kernel built with CONFIG_DEBUG_INFO_BTF"
             ))
         })?;
-        Self::parse(&data)
-            .ok_or_else(|| Error::Unusable(format!("{KERNEL_BTF} is not BTF of version 1")))
+        let found = Raw::parse(&data)
+            .ok_or_else(|| Error::Unusable(format!("{KERNEL_BTF} is not BTF of version 1")))?;
+        Ok(RUNNING.get_or_init(|| Self::of(&found)))
     }
 
-    fn parse(data: &[u8]) -> Option<Self> {
+    fn of(raw: &Raw<'_>) -> Self {
+        let called = FUNCTIONS.iter().map(|(_, name)| (*name).to_owned());
+        let hooks = Hook::ALL.into_iter().chain([Hook::BindUdp]);
+        let iterators = hooks.filter_map(|hook| match hook.place() {
+            Place::Iterator(target) => Some(iterator(target)),
+            Place::Cgroup(_) => None,
+        });
+        let functions = called.chain(iterators);
+        let offset = |member| Some((member, raw.member_offset(STRUCTURE, member)?));
+        Self {
+            functions: functions
+                .filter_map(|name| raw.function(&name).map(|id| (name, id)))
+                .collect(),
+            offsets: MEMBERS.into_iter().filter_map(offset).collect(),
+        }
+    }
+
+    /// Id of a function that the programs call.
+    pub fn function(&self, name: &str) -> Option<u32> {
+        self.functions.get(name).copied()
+    }
+
+    /// Id of the function that stands for an iterator over what `target` names.
+    pub fn iterator(&self, target: &str) -> Option<u32> {
+        self.function(&iterator(target))
+    }
+
+    /// Byte offset of a member of `struct sock_common` that the programs read, also of one in an unnamed struct or union
+    /// inside.
+    pub fn member_offset(&self, member: &str) -> Option<u32> {
+        self.offsets.get(member).copied()
+    }
+}
+
+fn iterator(target: &str) -> String {
+    format!("bpf_iter_{target}")
+}
+
+impl<'a> Raw<'a> {
+    fn parse(data: &'a [u8]) -> Option<Self> {
         // struct btf_header: magic, version, flags, hdr_len, then offset and length of types and strings.
         if data.get(..3)? != [0xeb9f_u16.to_ne_bytes()[0], 0xeb9f_u16.to_ne_bytes()[1], 1] {
             return None;
@@ -66,13 +124,13 @@ impl KernelBtf {
         let body = word(4)?;
         let section = |offset: usize, len: usize| data.get(body + offset..body + offset + len);
         Some(Self {
-            types: section(word(8)?, word(12)?)?.to_vec(),
-            strings: section(word(16)?, word(20)?)?.to_vec(),
+            types: section(word(8)?, word(12)?)?,
+            strings: section(word(16)?, word(20)?)?,
         })
     }
 
     fn types(&self) -> impl Iterator<Item = Type<'_>> {
-        let mut rest = self.types.as_slice();
+        let mut rest = self.types;
         let mut id = 0;
         std::iter::from_fn(move || {
             let name = u32_at(rest, 0)?;
@@ -106,15 +164,13 @@ impl KernelBtf {
             .is_some_and(|rest| rest.first() == Some(&0))
     }
 
-    /// Id of a function.
-    pub fn function(&self, name: &str) -> Option<u32> {
+    fn function(&self, name: &str) -> Option<u32> {
         self.types()
             .find(|it| it.kind == KIND_FUNC && self.name_is(it.name, name))
             .map(|it| it.id)
     }
 
-    /// Byte offset of a member, also of one in an unnamed struct or union inside.
-    pub fn member_offset(&self, structure: &str, member: &str) -> Option<u32> {
+    fn member_offset(&self, structure: &str, member: &str) -> Option<u32> {
         let bits = self
             .types()
             .filter(|it| it.kind == KIND_STRUCT && self.name_is(it.name, structure))
@@ -168,7 +224,7 @@ mod tests {
     use super::*;
 
     /// `struct outer { int a; union { int b; struct { int c; int d; }; }; }` and `void f()`.
-    fn example() -> KernelBtf {
+    fn example() -> Vec<u8> {
         let strings = b"\0outer\0a\0b\0c\0d\0f\0int\0";
         let name = |text: &str| {
             let bytes = format!("\0{text}\0").into_bytes();
@@ -199,12 +255,13 @@ mod tests {
         data.extend(header.iter().flat_map(|word| word.to_ne_bytes()));
         data.extend(types);
         data.extend(strings);
-        KernelBtf::parse(&data).unwrap()
+        data
     }
 
     #[test]
     fn members_of_unnamed_unions_and_structs_are_found() {
-        let btf = example();
+        let data = example();
+        let btf = Raw::parse(&data).unwrap();
         assert_eq!(btf.member_offset("outer", "a"), Some(0));
         assert_eq!(btf.member_offset("outer", "b"), Some(4));
         assert_eq!(btf.member_offset("outer", "d"), Some(8));
@@ -226,18 +283,18 @@ mod tests {
             }
         };
         call.set_src_reg(0);
-        assert_eq!(
-            resolve_calls(&mut [call], &example()),
-            Err("bpf_sock_destroy")
-        );
+        let kernel = KernelBtf::of(&Raw::parse(&example()).unwrap());
+        assert_eq!(resolve_calls(&mut [call], &kernel), Err("bpf_sock_destroy"));
         call.imm = 1;
-        assert_eq!(resolve_calls(&mut [call], &example()), Ok(()));
+        assert_eq!(resolve_calls(&mut [call], &kernel), Ok(()));
     }
 
     #[test]
     fn the_running_kernel_has_the_offsets_of_64_bit_kernels() {
-        let Ok(btf) = KernelBtf::read() else { return };
-        let offset = |member| btf.member_offset("sock_common", member);
+        let Ok(btf) = KernelBtf::running() else {
+            return;
+        };
+        let offset = |member| btf.member_offset(member);
         assert_eq!(offset("skc_daddr"), Some(0));
         assert_eq!(offset("skc_dport"), Some(12));
         assert_eq!(offset("skc_family"), Some(16));

@@ -59,7 +59,7 @@ pub struct Loaded {
 pub struct Object {
     parsed: aya_obj::Object,
     specs: BTreeMap<String, MapSpec>,
-    kernel: KernelBtf,
+    kernel: &'static KernelBtf,
     btf: Option<OwnedFd>,
     digest: u64,
 }
@@ -88,8 +88,8 @@ impl Object {
             Error::Unusable(format!("the embedded eBPF object cannot be used: {error}"))
         };
         let mut parsed = aya_obj::Object::parse(object).map_err(|error| broken(&error))?;
-        let kernel = KernelBtf::read()?;
-        patch_globals(&mut parsed, constants, &kernel).map_err(|error| broken(&error))?;
+        let kernel = KernelBtf::running()?;
+        patch_globals(&mut parsed, constants, kernel).map_err(|error| broken(&error))?;
         let features = aya::features().btf();
         let btf = match features.map(|features| parsed.fixup_and_sanitize_btf(features)) {
             None => None,
@@ -245,7 +245,7 @@ impl Object {
         function: &mut Function,
         license: &std::ffi::CStr,
     ) -> Result<OwnedFd, Refusal> {
-        resolve_calls(&mut function.instructions, &self.kernel)
+        resolve_calls(&mut function.instructions, self.kernel)
             .map_err(|name| Refusal::Missing(format!("the kernel does not have {name}")))?;
         let (prog_type, attach_type, attach_btf_id) = match hook.place() {
             Place::Cgroup(hook @ bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE) => {
@@ -253,8 +253,7 @@ impl Object {
             }
             Place::Cgroup(hook) => (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, hook, 0),
             Place::Iterator(target) => {
-                let name = format!("bpf_iter_{target}");
-                let id = self.kernel.function(&name).ok_or_else(|| {
+                let id = self.kernel.iterator(target).ok_or_else(|| {
                     Refusal::Missing(format!("the kernel does not have the iterator {target}"))
                 })?;
                 (
@@ -373,14 +372,7 @@ fn patch_globals(
         ("SKC_FAMILY_OFFSET", "skc_family"),
         ("SKC_V6_DADDR_OFFSET", "skc_v6_daddr"),
     ]
-    .map(|(global, member)| {
-        (
-            global,
-            kernel
-                .member_offset("sock_common", member)
-                .map(u32::to_ne_bytes),
-        )
-    });
+    .map(|(global, member)| (global, kernel.member_offset(member).map(u32::to_ne_bytes)));
     let mut globals: HashMap<&str, (&[u8], bool)> = HashMap::from([
         ("CAN_REFUSE", (&can_refuse[..], false)),
         ("AYA_LOG_LEVEL", (&log_level[..], false)),

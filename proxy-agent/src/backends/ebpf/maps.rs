@@ -3,201 +3,18 @@
 use std::{
     io,
     marker::PhantomData,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    ptr::NonNull,
-    sync::atomic::{AtomicU64, Ordering},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use proxy_ebpf::abi::Plain;
 
+pub use self::array::Array;
 use super::{refused::refused, sys};
 use crate::backends::Error;
 
+mod array;
+
 const WORD: usize = size_of::<u64>();
-
-/// A BPF_F_MMAPABLE array, mapped. All access is by whole words, each atomic.
-///
-/// Values of another ABI may be longer or shorter than the type they are read as: they share their first bytes.
-pub struct Array {
-    fd: OwnedFd,
-    base: NonNull<AtomicU64>,
-    bytes: usize,
-    words_per_entry: usize,
-    entries: u32,
-}
-
-// SAFETY: the mapping belongs to this value alone, lives as long as it, and is accessed by atomics only.
-unsafe impl Send for Array {}
-// SAFETY: as above.
-unsafe impl Sync for Array {}
-
-impl Array {
-    /// Maps an array, for writing if `writable`.
-    ///
-    /// # Errors
-    /// It is no mappable array, or the kernel refuses.
-    pub fn new(fd: OwnedFd, writable: bool) -> io::Result<Self> {
-        let info = sys::map_info(&fd)?;
-        if info.map_flags & aya_obj::generated::BPF_F_MMAPABLE == 0 || info.max_entries == 0 {
-            return Err(io::Error::from(io::ErrorKind::InvalidInput));
-        }
-        // The kernel's layout: each value rounded up to eight bytes, one after the other (v5.5, fc9702273e2e).
-        let words_per_entry = (info.value_size as usize).div_ceil(WORD);
-        let bytes = words_per_entry * WORD * info.max_entries as usize;
-        let protection = if writable {
-            libc::PROT_READ | libc::PROT_WRITE
-        } else {
-            libc::PROT_READ
-        };
-        // SAFETY: a fresh mapping at an address of the kernel's choice; the kernel checks length and protection.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                protection,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        let base = NonNull::new(base.cast())
-            .filter(|base: &NonNull<AtomicU64>| base.as_ptr().cast() != libc::MAP_FAILED)
-            .ok_or_else(io::Error::last_os_error)?;
-        Ok(Self {
-            fd,
-            base,
-            bytes,
-            words_per_entry,
-            entries: info.max_entries,
-        })
-    }
-
-    /// Number of entries.
-    pub fn len(&self) -> u32 {
-        self.entries
-    }
-
-    /// Whether there is none; never so.
-    pub fn is_empty(&self) -> bool {
-        self.entries == 0
-    }
-
-    /// Bytes of the mapping.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    fn words(&self, index: u32) -> &[AtomicU64] {
-        assert!(
-            index < self.entries,
-            "index {index} of an array of {} entries",
-            self.entries
-        );
-        // SAFETY: the mapping holds `entries * words_per_entry` words and `index` is below `entries`; page-aligned, so
-        // each word is aligned.
-        unsafe {
-            std::slice::from_raw_parts(
-                self.base
-                    .as_ptr()
-                    .add(index as usize * self.words_per_entry),
-                self.words_per_entry,
-            )
-        }
-    }
-
-    /// The entry at `index`; what the map's values lack is zero.
-    pub fn read<T: Plain>(&self, index: u32) -> T {
-        let mut bytes = [0_u8; 256];
-        let words = self.words(index);
-        let count = words.len().min(bytes.len() / WORD);
-        for (word, into) in words.iter().zip(bytes.chunks_exact_mut(WORD)) {
-            into.copy_from_slice(&word.load(Ordering::Acquire).to_ne_bytes());
-        }
-        sys::from_prefix(&bytes[..count * WORD])
-    }
-
-    /// Writes the entry at `index`, the first word last and with release order.
-    pub fn write<T: Plain>(&self, index: u32, value: &T) {
-        let words = self.words(index);
-        let bytes = sys::bytes_of(value);
-        assert_eq!(
-            bytes.len(),
-            words.len() * WORD,
-            "a map of another ABI is written"
-        );
-        for (word, from) in words.iter().zip(bytes.chunks_exact(WORD)).skip(1) {
-            word.store(word_of(from), Ordering::Relaxed);
-        }
-        words[0].store(word_of(&bytes[..WORD]), Ordering::Release);
-    }
-
-    fn word(&self, index: u32, offset: usize) -> &AtomicU64 {
-        &self.words(index)[offset / WORD]
-    }
-
-    /// Stores the word at byte `offset`, a multiple of eight, with release order.
-    pub fn store_word(&self, index: u32, offset: usize, value: u64) {
-        self.word(index, offset).store(value, Ordering::Release);
-    }
-
-    /// Adds to the counter at byte `offset`, which the programs add to at the same time.
-    pub fn add(&self, index: u32, offset: usize, value: u64) {
-        self.word(index, offset).fetch_add(value, Ordering::Relaxed);
-    }
-
-    /// Stores the half word at byte `offset`, a multiple of four, with release order. The agent is the only writer of
-    /// such words.
-    pub fn store_half(&self, index: u32, offset: usize, half: u32) {
-        let word = self.word(index, offset);
-        let mut bytes = word.load(Ordering::Relaxed).to_ne_bytes();
-        let at = offset % WORD;
-        bytes[at..at + 4].copy_from_slice(&half.to_ne_bytes());
-        word.store(u64::from_ne_bytes(bytes), Ordering::Release);
-    }
-
-    /// Entries that are not all zero.
-    pub fn used(&self) -> u32 {
-        let is_used = |index: &u32| {
-            self.words(*index)
-                .iter()
-                .any(|word| word.load(Ordering::Relaxed) != 0)
-        };
-        (0..self.entries).filter(is_used).count() as u32
-    }
-
-    /// Copies every entry of `old` as far as both reach: entries and bytes.
-    pub fn copy_from(&self, old: &Self) {
-        for index in 0..self.entries.min(old.entries) {
-            for (to, from) in self.words(index).iter().zip(old.words(index)) {
-                let value = from.load(Ordering::Relaxed);
-                // New maps are zero: pages of zeros need not be made.
-                if value != 0 {
-                    to.store(value, Ordering::Relaxed);
-                }
-            }
-        }
-        std::sync::atomic::fence(Ordering::Release);
-    }
-}
-
-fn word_of(bytes: &[u8]) -> u64 {
-    let mut word = [0; WORD];
-    word.copy_from_slice(bytes);
-    u64::from_ne_bytes(word)
-}
-
-impl Drop for Array {
-    fn drop(&mut self) {
-        // SAFETY: this value's own mapping; no reference into it can outlive the value.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
-    }
-}
-
-impl AsFd for Array {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
 
 /// Elements per batch: enough to make the system call cheap, small enough to stay in the cache.
 const BATCH: usize = 4096;
@@ -392,4 +209,10 @@ pub fn per_cpu_totals(map: impl AsFd) -> io::Result<Vec<u64>> {
         );
     }
     Ok(totals)
+}
+
+fn word_of(bytes: &[u8]) -> u64 {
+    let mut word = [0; WORD];
+    word.copy_from_slice(bytes);
+    u64::from_ne_bytes(word)
 }

@@ -109,7 +109,7 @@ pub fn probe(bpf_dir: &Path, cgroup: Option<&Path>) -> Report {
             .to_owned();
         report.note(Need::Privilege, false, text);
     }
-    if let Err(error) = KernelBtf::read() {
+    if let Err(error) = KernelBtf::running() {
         report.note(Need::KernelBtf, true, error.to_string());
     }
     if let Err(error) = dir::check_bpffs(bpf_dir) {

@@ -75,6 +75,7 @@ impl Node {
 
     fn links(&self) -> Vec<(u32, u32)> {
         self.view()
+            .pins
             .hooks()
             .unwrap()
             .iter()
@@ -185,7 +186,7 @@ fn a_fresh_node_gets_small_maps_and_every_hook() {
     let store = node.published();
     assert_eq!(store.left_out(), []);
     assert_eq!((store.generation(), store.capacity().services), (1, 1024));
-    let hooks = node.view().hooks().unwrap();
+    let hooks = node.view().pins.hooks().unwrap();
     assert_eq!(hooks.len(), Hook::ALL.len(), "{hooks:#?}");
     assert!(
         hooks
@@ -193,8 +194,8 @@ fn a_fresh_node_gets_small_maps_and_every_hook() {
             .all(|hook| hook.cgroup == 0 || hook.cgroup == store.cgroup.id())
     );
     assert_eq!(node.view().frontends().unwrap().len(), 1);
-    assert_eq!(node.view().sockets().unwrap(), []);
-    let maps = node.view().maps().unwrap();
+    assert_eq!(node.view().pins.sockets().unwrap(), []);
+    let maps = node.view().pins.maps().unwrap();
     let frontends = maps.iter().find(|map| map.name == "FRONTENDS").unwrap();
     assert_eq!(
         (frontends.map_type, frontends.entries, frontends.capacity),
@@ -210,7 +211,7 @@ fn a_restart_adopts_maps_and_links_and_writes_nothing() {
     drop(node.published());
     let before = (
         node.links(),
-        node.view().maps().unwrap(),
+        node.view().pins.maps().unwrap(),
         node.view().meta(),
     );
     let mut store = node.open().unwrap();
@@ -219,7 +220,7 @@ fn a_restart_adopts_maps_and_links_and_writes_nothing() {
     assert_eq!(
         (
             node.links(),
-            node.view().maps().unwrap(),
+            node.view().pins.maps().unwrap(),
             node.view().meta()
         ),
         before
@@ -247,7 +248,7 @@ fn growth_keeps_entries_and_links_and_carries_what_programs_write() {
     let node = Node::new();
     let mut store = node.published();
     store.tables().stats.add(2, 0, 41);
-    let before = node.view().maps().unwrap();
+    let before = node.view().pins.maps().unwrap();
     let links = node.links();
     for swap in 0..20_u32 {
         let need = Capacity {
@@ -259,7 +260,7 @@ fn growth_keeps_entries_and_links_and_carries_what_programs_write() {
         assert_filled(&store);
         assert!(shapes::holds(&store.capacity(), &need));
     }
-    let after = node.view().maps().unwrap();
+    let after = node.view().pins.maps().unwrap();
     assert_eq!(replaced(&before, &after), ["FRONTENDS", "META", "SLOTS"]);
     assert_moved(&links, &node.links());
     assert_eq!(store.stats(2).connections, 41);
@@ -463,7 +464,7 @@ fn excluded_cgroups_are_told_to_the_programs() {
     let flag = || node.view().meta().flags & meta_flags::OPT_OUT;
     assert_eq!(flag(), meta_flags::OPT_OUT);
     store.set_opt_out(&BTreeSet::from([9])).unwrap();
-    assert_eq!(node.view().opt_out().unwrap(), BTreeSet::from([9]));
+    assert_eq!(node.view().pins.opt_out().unwrap(), BTreeSet::from([9]));
     store.set_opt_out(&BTreeSet::new()).unwrap();
     assert_eq!(flag(), 0);
 }
@@ -489,7 +490,7 @@ fn an_exclusion_that_the_kernel_refused_is_tried_again() {
         assert!(error.contains("OPTOUT"), "{error}");
     }
     store.set_opt_out(&BTreeSet::from([7])).unwrap();
-    assert_eq!(node.view().opt_out().unwrap(), BTreeSet::from([7]));
+    assert_eq!(node.view().pins.opt_out().unwrap(), BTreeSet::from([7]));
 }
 
 #[test]
@@ -572,7 +573,7 @@ fn maps_of_another_abi_are_carried_over_with_their_ids() {
     store.tables().stats.add(2, 0, 5);
     drop(store);
     change_abi(&node);
-    let before = node.view().maps().unwrap();
+    let before = node.view().pins.maps().unwrap();
     assert_eq!(
         node.view().service(2).unwrap().cluster,
         SetWord::new(7, 1, 5),
@@ -593,7 +594,7 @@ fn maps_of_another_abi_are_carried_over_with_their_ids() {
     assert_eq!(store.stats(2).connections, 5);
     assert_moved(&links, &node.links());
     assert_eq!(
-        replaced(&before, &node.view().maps().unwrap()),
+        replaced(&before, &node.view().pins.maps().unwrap()),
         [
             "FRONTENDS",
             "LOCAL_ADDRS",
