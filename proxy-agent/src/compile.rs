@@ -199,6 +199,7 @@ impl Compiler {
         self.owners = Owners::of(model);
         let mut compiled = self.compile_scope(model, scope, true);
         compiled.state.pod_networks = model.pod_networks().to_vec();
+        compiled.state.service_networks = model.service_networks().into_iter().collect();
         compiled
     }
 

@@ -16,16 +16,21 @@ pub use self::{
     node::{Node, NodeName},
     problem::{Effect, Kind, Problem},
     service::{Port, Service},
+    service_cidr::{ServiceCidr, ServiceCidrName},
     slice::{Endpoint, EndpointPort, Slice, SliceName},
+    update::{Dirty, Objects, Update},
 };
 pub use crate::state::ServiceName;
 use crate::state::{Family, NodePortAddresses};
+use service_cidr::ServiceCidrs;
 
 mod node;
 mod problem;
 mod service;
+mod service_cidr;
 mod slice;
 mod text;
+mod update;
 
 /// Labels whose mere presence takes an object away from this proxy (kube-proxy's list and watch selector).
 const EXCLUDING_LABELS: [&str; 2] = [
@@ -39,65 +44,6 @@ fn excluded(metadata: &ObjectMeta) -> bool {
             .iter()
             .any(|label| labels.contains_key(*label))
     })
-}
-
-/// A consistent change of what one source delivers. The first one of each source is everything it has.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Update {
-    /// Services, EndpointSlices and the own Node.
-    Objects(Objects),
-    /// All addresses assigned to this node's links, without loopback.
-    Addresses(BTreeSet<IpAddr>),
-}
-
-/// Changed API objects; `None` stands for a deleted one.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Objects {
-    /// Services.
-    pub services: Vec<(ServiceName, Option<Arc<Service>>)>,
-    /// EndpointSlices.
-    pub slices: Vec<(SliceName, Option<Arc<Slice>>)>,
-    /// The own Node, if it changed.
-    pub node: Option<Option<Arc<Node>>>,
-    /// Everything that exists has been read. Until then nothing may be deleted from the kernel.
-    pub complete: bool,
-}
-
-impl Objects {
-    /// Whether nothing changed.
-    pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && self.slices.is_empty() && self.node.is_none()
-    }
-}
-
-/// What an update touched.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Dirty {
-    /// Services to compile again; some may be gone.
-    pub services: BTreeSet<ServiceName>,
-    /// The node's addresses changed.
-    pub addresses: bool,
-    /// The networks of the node's pods changed: every rule may depend on them.
-    pub pod_networks: bool,
-}
-
-impl Dirty {
-    /// Whether nothing was touched.
-    pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && !self.addresses && !self.pod_networks
-    }
-
-    /// Adds what another update touched. `BTreeSet::append` would rebuild the whole set for each of many small ones.
-    pub fn merge(&mut self, other: Self) {
-        let Self {
-            services,
-            addresses,
-            pod_networks,
-        } = other;
-        self.services.extend(services);
-        self.addresses |= addresses;
-        self.pod_networks |= pod_networks;
-    }
 }
 
 /// The cluster as this node has to know it.
@@ -114,6 +60,7 @@ pub struct Model {
     node: Arc<Node>,
     /// There has been a Node object.
     has_node: bool,
+    service_cidrs: ServiceCidrs,
     addresses: BTreeSet<IpAddr>,
     node_ports: NodePortAddresses,
     /// Stands for that of the Node in its family.
@@ -134,6 +81,7 @@ impl Model {
             neighbourhoods: HashSet::new(),
             node: Arc::default(),
             has_node: false,
+            service_cidrs: ServiceCidrs::default(),
             addresses: BTreeSet::new(),
             node_ports: NodePortAddresses::default(),
             main_address: None,
@@ -209,6 +157,11 @@ impl Model {
         &self.node.pod_networks
     }
 
+    /// The networks that ClusterIPs are taken from.
+    pub fn service_networks(&self) -> BTreeSet<IpNet> {
+        self.service_cidrs.networks()
+    }
+
     /// Its addresses.
     pub fn addresses(&self) -> &BTreeSet<IpAddr> {
         &self.addresses
@@ -266,6 +219,7 @@ impl Model {
             services,
             slices,
             node,
+            service_cidrs,
             complete,
         } = objects;
         let mut dirty = Dirty::default();
@@ -289,6 +243,7 @@ impl Model {
             let node = node.unwrap_or_else(|| self.without_node());
             self.apply_node(node, &mut dirty);
         }
+        dirty.networks |= self.service_cidrs.apply(service_cidrs);
         self.has_objects = true;
         self.complete = complete;
         dirty
@@ -348,7 +303,7 @@ impl Model {
             return;
         }
         dirty.addresses |= self.node.addresses != node.addresses;
-        dirty.pod_networks |= self.node.pod_networks != node.pod_networks;
+        dirty.networks |= self.node.pod_networks != node.pod_networks;
         self.node = node;
         let hinted = self
             .all_slices()
@@ -377,7 +332,7 @@ impl Model {
                 .map(|(name, _)| name.clone())
                 .collect(),
             addresses: is_first || !changed.is_empty(),
-            pod_networks: false,
+            networks: false,
         }
     }
 }

@@ -262,6 +262,8 @@ pub struct DesiredState {
     pub addresses: BTreeMap<IpAddr, NodeAddress>,
     /// The networks of the node's pods, one of a family; only in the state of the whole node.
     pub pod_networks: Vec<IpNet>,
+    /// The networks that ClusterIPs are taken from, as far as they are known; sorted, only in the state of the whole node.
+    pub service_networks: Vec<IpNet>,
 }
 
 impl fmt::Display for Frontend {
@@ -353,6 +355,7 @@ impl fmt::Display for DesiredState {
             services,
             addresses,
             pod_networks,
+            service_networks,
         } = self;
         for service in services.values() {
             write!(f, "{service}")?;
@@ -363,6 +366,9 @@ impl fmt::Display for DesiredState {
         }
         for network in pod_networks {
             writeln!(f, "pods {network}")?;
+        }
+        for network in service_networks {
+            writeln!(f, "services {network}")?;
         }
         Ok(())
     }

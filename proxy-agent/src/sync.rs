@@ -377,7 +377,7 @@ fn part(dirty: &Dirty) -> Part<'_> {
         services,
         addresses,
         // Everything is in scope then.
-        pod_networks: _,
+        networks: _,
     } = dirty;
     Part {
         services,

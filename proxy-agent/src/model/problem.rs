@@ -13,6 +13,8 @@ pub enum Kind {
     Node,
     /// v1 Pod.
     Pod,
+    /// networking.k8s.io/v1 ServiceCIDR.
+    ServiceCidr,
 }
 
 impl fmt::Display for Kind {
@@ -22,6 +24,7 @@ impl fmt::Display for Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
             Self::Pod => "Pod",
+            Self::ServiceCidr => "ServiceCIDR",
         })
     }
 }
@@ -33,7 +36,7 @@ pub enum Effect {
     Refused,
     /// Left out because it has no ClusterIP; without an earlier version nothing of it can be in the kernel.
     Skipped,
-    /// Endpoints of it are left out; the rest is used.
+    /// Endpoints or networks of it are left out; the rest is used.
     Trimmed,
 }
 

@@ -28,7 +28,7 @@ impl Compiled {
             Scope::Part(_) => Scope::Part(Dirty {
                 services: compiled.services_in_scope,
                 addresses: compiled.addresses_in_scope,
-                pod_networks: false,
+                networks: false,
             }),
         };
         let state = compiled.state;

@@ -20,7 +20,7 @@ pub enum Scope {
 
 impl From<Dirty> for Scope {
     fn from(dirty: Dirty) -> Self {
-        match dirty.pod_networks {
+        match dirty.networks {
             true => Self::All,
             false => Self::Part(dirty),
         }
@@ -297,7 +297,7 @@ mod tests {
         let Scope::Part(Dirty {
             services,
             addresses: false,
-            pod_networks: false,
+            networks: false,
         }) = turn.scope
         else {
             panic!("{:?}", turn.scope);

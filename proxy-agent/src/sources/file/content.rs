@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use super::{locate, object::Object};
-use crate::model::{self, Effect, Node, NodeName, Service, ServiceName, Slice, SliceName};
+use crate::model::{
+    self, Effect, Node, NodeName, Service, ServiceCidr, ServiceCidrName, ServiceName, Slice,
+    SliceName,
+};
 
 /// Identity of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -12,6 +15,7 @@ pub(super) enum Key {
     Slice(SliceName),
     /// The own one.
     Node,
+    ServiceCidr(ServiceCidrName),
 }
 
 impl fmt::Display for Key {
@@ -20,6 +24,7 @@ impl fmt::Display for Key {
             Self::Service(name) => write!(f, "Service {name}"),
             Self::Slice(name) => write!(f, "EndpointSlice {name}"),
             Self::Node => f.write_str("this Node"),
+            Self::ServiceCidr(name) => write!(f, "ServiceCIDR {name}"),
         }
     }
 }
@@ -30,6 +35,7 @@ pub(super) enum Value {
     Service(Arc<Service>),
     Slice(Arc<Slice>),
     Node(Arc<Node>),
+    ServiceCidr(Arc<ServiceCidr>),
     /// There, but not for this proxy.
     Excluded,
 }
@@ -54,6 +60,14 @@ impl Value {
     pub(super) fn node(&self) -> Option<Arc<Node>> {
         if let Self::Node(node) = self {
             Some(Arc::clone(node))
+        } else {
+            None
+        }
+    }
+
+    pub(super) fn service_cidr(&self) -> Option<Arc<ServiceCidr>> {
+        if let Self::ServiceCidr(cidr) = self {
+            Some(Arc::clone(cidr))
         } else {
             None
         }
@@ -188,6 +202,16 @@ impl Reader<'_> {
                 Ok(_) => {}
                 Err(problem) => self.report(&problem, path),
             },
+            Object::ServiceCidr(object) => {
+                let name = ServiceCidr::name(&object);
+                let value = ServiceCidr::parse(&object).map(|(cidr, left_out)| {
+                    for problem in left_out {
+                        self.report(&problem, path);
+                    }
+                    Value::ServiceCidr(Arc::new(cidr))
+                });
+                self.add(name.map(Key::ServiceCidr), value, path);
+            }
             Object::List(items) => {
                 for (index, item) in items.into_iter().enumerate() {
                     self.read(item, &format!("{path}items[{index}]."))?;

@@ -322,6 +322,10 @@ impl Manifests {
                 Key::Node => {
                     objects.node = Some(now.and_then(Value::node));
                 }
+                Key::ServiceCidr(name) => {
+                    let cidr = now.and_then(Value::service_cidr);
+                    objects.service_cidrs.push((name, cidr));
+                }
             }
         }
         objects

@@ -4,7 +4,7 @@
 
 use std::{collections::VecDeque, fmt};
 
-use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 use serde::{
     Deserialize, Deserializer,
     de::{
@@ -20,6 +20,7 @@ pub(super) enum Object {
     Service(Box<v1::Service>),
     EndpointSlice(Box<discovery::EndpointSlice>),
     Node(Box<v1::Node>),
+    ServiceCidr(Box<networking::ServiceCIDR>),
     List(Vec<Object>),
     /// A kind that the proxy does not use: "apiVersion kind".
     Other(String),
@@ -109,12 +110,14 @@ impl Head {
             ("v1", "Service") => ObjectKind::Service,
             ("discovery.k8s.io/v1", "EndpointSlice") => ObjectKind::EndpointSlice,
             ("v1", "Node") => ObjectKind::Node,
+            ("networking.k8s.io/v1", "ServiceCIDR") => ObjectKind::ServiceCidr,
             ("v1", "List") => ObjectKind::List,
             ("v1", "ServiceList") => ObjectKind::ListOf(Items::Service),
             ("discovery.k8s.io/v1", "EndpointSliceList") => {
                 ObjectKind::ListOf(Items::EndpointSlice)
             }
             ("v1", "NodeList") => ObjectKind::ListOf(Items::Node),
+            ("networking.k8s.io/v1", "ServiceCIDRList") => ObjectKind::ListOf(Items::ServiceCidr),
             (api_version, kind) => ObjectKind::Other(format!("{api_version} {kind}")),
         })
     }
@@ -133,6 +136,7 @@ enum ObjectKind {
     Service,
     EndpointSlice,
     Node,
+    ServiceCidr,
     List,
     ListOf(Items),
     Other(String),
@@ -143,6 +147,7 @@ enum Items {
     Service,
     EndpointSlice,
     Node,
+    ServiceCidr,
 }
 
 impl ObjectKind {
@@ -155,6 +160,7 @@ impl ObjectKind {
             Self::Service => typed(map).map(Object::Service),
             Self::EndpointSlice => typed(map).map(Object::EndpointSlice),
             Self::Node => typed(map).map(Object::Node),
+            Self::ServiceCidr => typed(map).map(Object::ServiceCidr),
             Self::List => read_items(map, items).map(Object::List),
             Self::ListOf(kind) => {
                 let items = read_items(map, items)?.into_iter();
@@ -192,6 +198,7 @@ impl Items {
             (Object::Bare(map), Self::Service) => read(index, map).map(Object::Service),
             (Object::Bare(map), Self::EndpointSlice) => read(index, map).map(Object::EndpointSlice),
             (Object::Bare(map), Self::Node) => read(index, map).map(Object::Node),
+            (Object::Bare(map), Self::ServiceCidr) => read(index, map).map(Object::ServiceCidr),
             (item, _) => Ok(item),
         }
     }

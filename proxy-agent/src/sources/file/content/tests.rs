@@ -67,6 +67,8 @@ fn lists_of_every_kind_are_read() {
     }
     let nodes = r#"{"kind":"NodeList","apiVersion":"v1","items":[{"metadata":{"name":"node-a"}},{"metadata":{"name":"node-b"}}]}"#;
     assert_eq!(keys(&json(nodes).unwrap()), ["this Node"]);
+    let cidrs = r#"{"kind":"ServiceCIDRList","apiVersion":"networking.k8s.io/v1","items":[{"metadata":{"name":"more"},"spec":{"cidrs":["10.97.0.0/16"]}}]}"#;
+    assert_eq!(keys(&json(cidrs).unwrap()), ["ServiceCIDR more"]);
 }
 
 #[test]
@@ -139,6 +141,28 @@ fn an_impossible_object_is_told_by_line_and_field() {
         what: "Service default/web: spec.ports[0].port: 0 is not a port (1-65535); the object is refused, its last good version stays in use".into(),
     };
     assert_eq!(parsed.faults, [expected]);
+}
+
+#[test]
+fn a_network_of_services_that_is_none_is_told_and_the_others_are_used() {
+    let text = "apiVersion: networking.k8s.io/v1
+kind: ServiceCIDR
+metadata:
+  name: kubernetes
+spec:
+  cidrs:
+  - 10.96.0.0/16
+  - services
+";
+    let parsed = yaml(text).unwrap();
+    let fault = &parsed.faults[0];
+    let expected = "ServiceCIDR kubernetes: spec.cidrs[1]: \"services\" is not a CIDR; left out, the rest is used";
+    assert_eq!((fault.line, fault.what.as_str()), (Some(8), expected));
+    let cidrs = parsed.objects.values().flatten();
+    let networks = cidrs
+        .filter_map(Value::service_cidr)
+        .map(|cidr| cidr.networks.len());
+    assert_eq!(networks.collect::<Vec<_>>(), [1]);
 }
 
 #[test]

@@ -221,6 +221,28 @@ fn an_empty_folder_is_obeyed() {
 }
 
 #[test]
+fn a_service_cidr_comes_changes_and_goes() {
+    let cidr = |network: &str| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {{name: more}}\nspec: {{cidrs: [{network}]}}\n"
+        )
+    };
+    let networks = |objects: &Objects| -> Vec<Option<String>> {
+        let cidrs = objects.service_cidrs.iter();
+        cidrs
+            .map(|(_, cidr)| cidr.as_ref().map(|cidr| cidr.networks[0].to_string()))
+            .collect()
+    };
+    let mut folder = Folder::new();
+    folder.write("cidr.yaml", &cidr("10.97.0.0/16"));
+    assert_eq!(networks(&folder.scan()), [Some("10.97.0.0/16".to_owned())]);
+    folder.write("cidr.yaml", &cidr("10.98.0.0/15"));
+    assert_eq!(networks(&folder.scan()), [Some("10.98.0.0/15".to_owned())]);
+    fs::remove_file(folder.path("cidr.yaml")).unwrap();
+    assert_eq!(networks(&folder.scan()), [None]);
+}
+
+#[test]
 fn a_link_to_a_folder_above_ends() {
     let mut folder = Folder::new();
     folder.write("a.yaml", &service("a", "10.0.0.1"));
