@@ -30,7 +30,7 @@ use crate::{
     health::{self, Health, SelfTest},
     metrics::Metrics,
     model::Update,
-    sources::{self, Followed, Origin, node},
+    sources::{self, Followed, Origin, Wanted, node},
     sync::SyncStatus,
 };
 
@@ -197,7 +197,10 @@ async fn serve(
     } = origin.start(
         here.clone(),
         updates.clone(),
-        args.socket_exclude_pods,
+        Wanted {
+            pods: args.socket_exclude_pods,
+            service_cidrs: args.layers.drops_unallocated(),
+        },
         &metrics.rest_client,
     )?;
     node::start(updates)?;

@@ -167,6 +167,16 @@ pub fn explain(global: &cli::Global, args: &cli::Explain) -> Result<ExitCode, Er
             }
             Err(error) => return Err(error),
         },
+        // Nobody's, but rules may drop what is sent there.
+        "none" if answer.frontend.is_none() && !args.destination.address.ip().is_loopback() => {
+            match packets::follow(&client, args.destination) {
+                Ok(followed) if followed.verdict() != "pass" => Explanation {
+                    layer: "packet",
+                    ..answer.with(followed)
+                },
+                _ => answer,
+            }
+        }
         _ => answer,
     };
     show(&answer, args.output)?;
@@ -267,7 +277,7 @@ pub fn check(global: &cli::Global, args: &cli::Check) -> Result<ExitCode, Error>
         }
     }
     if let Ok(origin) = daemon::place::origin(&args.sources) {
-        match desired::read(global, &args.sources, &origin) {
+        match desired::read(global, &args.sources, &args.layers, &origin) {
             Ok(desired) => {
                 findings.extend(check::sources(&desired));
                 if has_sockets {
@@ -312,7 +322,7 @@ fn check_maps(maps: &PinnedMaps) -> Result<Vec<check::Finding>, Error> {
 /// There is no source, or a source, the maps or the rules cannot be read.
 pub fn plan(global: &cli::Global, args: &cli::Plan) -> Result<ExitCode, Error> {
     let origin = daemon::place::origin(&args.sources)?;
-    let desired = desired::read(global, &args.sources, &origin)?;
+    let desired = desired::read(global, &args.sources, &args.layers, &origin)?;
     if !desired.is_complete {
         tracing::warn!(
             "until the source is mended, `run` adds what is missing and leaves the rest as it finds it"

@@ -37,9 +37,18 @@ pub enum Error {
     Kubernetes(#[from] kubernetes::Error),
 }
 
+/// What is followed beside Services, EndpointSlices and the own Node. Of files everything is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Pods of this node.
+    pub pods: bool,
+    /// ServiceCIDRs.
+    pub service_cidrs: bool,
+}
+
 impl Origin {
-    /// Starts to follow it, and if it `wants_pods` those of this node. The first update is everything that is there. What is
-    /// wrong with it is also logged, once.
+    /// Starts to follow it, and what else is `wanted`. The first update is everything that is there. What is wrong with it is
+    /// also logged, once.
     ///
     /// # Errors
     /// It cannot be followed.
@@ -47,7 +56,7 @@ impl Origin {
         &self,
         here: NodeName,
         updates: mpsc::Sender<Update>,
-        wants_pods: bool,
+        wanted: Wanted,
         metrics: &RestClientMetrics,
     ) -> Result<Followed, Error> {
         Ok(match self {
@@ -56,9 +65,7 @@ impl Origin {
                 events: Events::default(),
                 opted_out: None,
             },
-            Self::Kubernetes(access) => {
-                kubernetes::start(access, here, updates, wants_pods, metrics)?
-            }
+            Self::Kubernetes(access) => kubernetes::start(access, here, updates, wanted, metrics)?,
         })
     }
 }

@@ -94,6 +94,7 @@ fn rules_of_node() -> Rules {
         node_ports: NodePorts::All,
         localhost_node_ports: true,
         conntrack_liberal: false,
+        service_networks: Some(Vec::new()),
         features: Features {
             random_fully: true,
             ipset: true,

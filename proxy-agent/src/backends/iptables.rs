@@ -39,9 +39,9 @@ use known::Known;
 use names::ChainName;
 pub use remove::{Extent, Removed, remove};
 use rival::Rivals;
-pub use rules::base::Anchor;
+pub use rules::base::{Anchor, UNALLOCATED};
 use rules::{
-    LocalPods, Rules, base,
+    Rules, base,
     tree::{Leaf, LeafKey},
 };
 use save::{digest, parse};
@@ -209,10 +209,8 @@ impl<T: Tables> Backend for IptablesBackend<T> {
         state: &DesiredState,
         bounds: Bounds<'_>,
     ) -> Plan<Key, u64> {
-        if bounds.scope.is_none()
-            && let LocalPods::OfNode(networks) = &mut self.rules.local_pods
-        {
-            networks.clone_from(&state.pod_networks);
+        if bounds.scope.is_none() {
+            self.rules.learn(state);
         }
         let mut desired = BTreeMap::new();
         let mut note = |key, body: &str| {

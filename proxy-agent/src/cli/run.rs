@@ -17,7 +17,7 @@ pub struct Sources {
     /// A KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1), as kube-proxy reads it: its flags count no longer
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Folder of Kubernetes YAML and JSON (Service, EndpointSlice, Node), followed live, instead of an API server
+    /// Folder of Kubernetes YAML and JSON (Service, EndpointSlice, Node, ServiceCIDR), followed live, instead of an API server
     #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"])]
     pub manifests: Option<PathBuf>,
     /// How to reach the API server [default: as a pod]
@@ -132,7 +132,8 @@ pub struct Layers {
     /// How Services are served [default: as --proxy-mode says]
     #[arg(long, value_name = "MODE")]
     pub mode: Option<Mode>,
-    /// kube-proxy's word: `iptables` is --mode iptables; `nftables`, `ipvs` and none are --mode auto
+    /// kube-proxy's word: `iptables` is --mode iptables; `nftables`, `ipvs` and none are --mode auto. With `nftables` the packet
+    /// layer drops what is sent to an address of the ServiceCIDRs that no Service has
     #[arg(
         long,
         value_name = "MODE",
@@ -156,5 +157,11 @@ impl Layers {
             ProxyMode::Iptables => Mode::Iptables,
             ProxyMode::Unset | ProxyMode::Ipvs | ProxyMode::Nftables => Mode::Auto,
         })
+    }
+
+    /// Whether packets to addresses of the ServiceCIDRs that no Service has are dropped, as kube-proxy does it in its mode
+    /// nftables alone.
+    pub fn drops_unallocated(&self) -> bool {
+        self.proxy_mode == ProxyMode::Nftables
     }
 }

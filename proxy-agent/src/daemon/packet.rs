@@ -28,7 +28,7 @@ use crate::{
         },
         process,
     },
-    cli::{DetectLocalMode, Packet, Run, Sources},
+    cli::{DetectLocalMode, Layers, Packet, Run, Sources},
     compile::Compiler,
     metrics::{FamilyLabel, KubeProxyMetrics, LayerMetrics, Metrics, TableLabels},
     state::{Family, NodePortAddresses, ServicePort},
@@ -65,7 +65,7 @@ pub fn start(
     give_way: watch::Sender<bool>,
 ) -> Result<LayerThread, Error> {
     let place = tools.place();
-    let rules = rules(&args.sources, &args.layers.packet, place, route_localnet)?;
+    let rules = rules(&args.sources, &args.layers, place, route_localnet)?;
     let rivals = rival::look_out(
         args.metrics_bind_address.0,
         args.layers.packet.takeover_after(),
@@ -202,10 +202,11 @@ fn cleaner(metrics: &Metrics) -> io::Result<Cleaner> {
 /// A flag that another one needs is missing.
 pub fn rules(
     sources: &Sources,
-    args: &Packet,
+    layers: &Layers,
     place: Place,
     route_localnet: impl FnOnce() -> bool,
 ) -> Result<Rules, Error> {
+    let args = &layers.packet;
     let node_ports = NodePortAddresses::new(&sources.nodeport_addresses);
     let needs = |flag| Error::Flag {
         flag,
@@ -245,6 +246,7 @@ pub fn rules(
             && wants_route_localnet(sources, args)
             && route_localnet(),
         conntrack_liberal: is_set(BE_LIBERAL),
+        service_networks: layers.drops_unallocated().then(Vec::new),
         features: Features::default(),
     })
 }

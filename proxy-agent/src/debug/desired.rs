@@ -6,14 +6,14 @@ use tokio::{sync::mpsc, time::timeout};
 
 use super::Error;
 use crate::{
-    cli::{Global, Sources},
+    cli::{Global, Layers, Sources},
     compile::{self, Compiler},
     daemon::{
         self,
         place::{self, node_name},
     },
     metrics::RestClientMetrics,
-    sources::{self, Origin, node},
+    sources::{self, Origin, Wanted, node},
     state::DesiredState,
 };
 
@@ -37,7 +37,12 @@ pub struct Desired {
 ///
 /// # Errors
 /// A source cannot be read, or does not answer in time.
-pub fn read(global: &Global, sources: &Sources, origin: &Origin) -> Result<Desired, Error> {
+pub fn read(
+    global: &Global,
+    sources: &Sources,
+    layers: &Layers,
+    origin: &Origin,
+) -> Result<Desired, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -49,7 +54,11 @@ pub fn read(global: &Global, sources: &Sources, origin: &Origin) -> Result<Desir
         let here = node_name(global)?;
         let mut model = place::model(here.clone(), sources);
         let (updates, mut received) = mpsc::channel(1);
-        let broken = origin.start(here, updates.clone(), false, &RestClientMetrics::default());
+        let wanted = Wanted {
+            pods: false,
+            service_cidrs: layers.drops_unallocated(),
+        };
+        let broken = origin.start(here, updates.clone(), wanted, &RestClientMetrics::default());
         let broken = broken.map_err(daemon::Error::from)?.problems;
         node::start(updates).map_err(daemon::Error::from)?;
         let read = async {

@@ -12,6 +12,7 @@ use super::{Error, client::Client, explain::Found, routes::route_to};
 use crate::{
     backends::{
         iptables::{
+            UNALLOCATED,
             host::Host,
             walk::{Decision, End, Fate, Packet, Walked},
         },
@@ -213,10 +214,18 @@ impl Followed {
                 format!("the rules draw one of {count} backends for each connection")
             }
             ("pass", _) => "no rule translates or refuses its packets".to_owned(),
+            ("drop", _) if self.is_unallocated() => {
+                format!("a rule drops its packets: {UNALLOCATED}")
+            }
             ("drop", _) => "a rule drops its packets".to_owned(),
             ("refuse", _) => "a rule rejects its packets".to_owned(),
             (_, count) => format!("the rules draw one of {count} outcomes for each connection"),
         }
+    }
+
+    fn is_unallocated(&self) -> bool {
+        let mut decisions = self.outcomes.iter().flat_map(|outcome| &outcome.decisions);
+        decisions.any(|step| step.rule.contains(UNALLOCATED))
     }
 
     /// As a person wants it: lines below those of the whole answer.
@@ -328,6 +337,20 @@ mod tests {
             "packet      from 192.0.2.7 through eth0\n  100.000%  translate 10.244.0.9:8080, masqueraded\n            \
              nat: PREROUTING > KUBE-SERVICES: -p tcp -j DNAT --to-destination 10.244.0.9:8080\n\
              a rule of somebody else: nat: -A PREROUTING -m odd -j RETURN"
+        );
+    }
+
+    #[test]
+    fn a_drop_of_what_no_service_has_says_why() {
+        let mut dropped = end("10.96.0.1:80", 1.0);
+        dropped.fate = Fate::Dropped;
+        let plain = answer(vec![dropped.clone()]);
+        assert_eq!(plain.reason(), "a rule drops its packets");
+        let rule = &mut dropped.decisions[0].rule;
+        *rule = format!("-d 10.96.0.0/16 -m comment --comment \"{UNALLOCATED}\" -j DROP");
+        assert_eq!(
+            answer(vec![dropped]).reason(),
+            "a rule drops its packets: a ServiceCIDR has this address, and no Service has it at this port"
         );
     }
 

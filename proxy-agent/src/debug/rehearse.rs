@@ -65,7 +65,7 @@ pub fn packets(
     let rules = Rules {
         families: host.families(),
         features: host.features(),
-        ..rules(sources, &layers.packet, place, has_route_localnet)?
+        ..rules(sources, layers, place, has_route_localnet)?
     };
     let backend = IptablesBackend::new(host, rules);
     let state = &desired.state;

@@ -1,4 +1,5 @@
-//! The Kubernetes API, followed live: Services and EndpointSlices with kube-proxy's selectors, and the own Node.
+//! The Kubernetes API, followed live: Services and EndpointSlices with kube-proxy's selectors, the own Node, and where they are
+//! of use ServiceCIDRs.
 //!
 //! Nothing is stored here but names: objects are parsed into the model's types and dropped. While the API server cannot be
 //! reached everything stays as it is; a list that is read again is compared by name with what is known, and only an object
@@ -6,7 +7,7 @@
 
 use std::{collections::BTreeSet, io, thread, time::Duration};
 
-use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 use kube::{Api, Client};
 use tokio::{
     sync::{mpsc, watch},
@@ -18,7 +19,7 @@ use self::{
     collect::Collector,
     stream::{Item, Selector},
 };
-use super::{Followed, Problem};
+use super::{Followed, Problem, Wanted};
 use crate::{
     events::Events,
     metrics::RestClientMetrics,
@@ -37,8 +38,9 @@ const LABELS: &str = "!service.kubernetes.io/service-proxy-name,!service.kuberne
 const NOT_HEADLESS: &str = "spec.clusterIP!=None";
 /// Events on their way; as many make one update.
 const EVENTS: usize = 1_024;
-/// A Node that is not there when Services and slices are, because its list is refused or late, holds nobody up for longer.
-const NODE_PATIENCE: Duration = Duration::from_secs(5);
+/// What is not there when Services and slices are, the Node or ServiceCIDRs, because its list is refused or late, holds nobody
+/// up for longer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why the API cannot be followed at all.
 #[derive(Debug, thiserror::Error)]
@@ -51,8 +53,8 @@ pub enum Error {
     Process(io::Error),
 }
 
-/// Starts to follow the API server on a thread of its own, and if it `wants_pods` those of this node. The first update is
-/// everything that there is. What is wrong with it is also logged, once. The thread ends when nobody takes updates and tells
+/// Starts to follow the API server on a thread of its own, and what else is `wanted`. The first update is everything that
+/// there is. What is wrong with it is also logged, once. The thread ends when nobody takes updates and tells
 /// Events any more.
 ///
 /// # Errors
@@ -61,7 +63,7 @@ pub fn start(
     access: &Access,
     here: NodeName,
     updates: mpsc::Sender<Update>,
-    wants_pods: bool,
+    wanted: Wanted,
     metrics: &RestClientMetrics,
 ) -> Result<Followed, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -81,8 +83,8 @@ pub fn start(
                 Ok((client, server)) => {
                     drop(report.send(Ok(())));
                     let writer = tokio::spawn(events::write(client.clone(), here.clone(), letters));
-                    let collector = Collector::new(here, server);
-                    let pods = wants_pods.then_some(opting_out);
+                    let collector = Collector::new(here, server, wanted.service_cidrs);
+                    let pods = wanted.pods.then_some(opting_out);
                     follow(client, collector, updates, problems, pods).await;
                     // The last Event is told when nobody takes updates any more. It ends with who tells.
                     drop(writer.await);
@@ -100,7 +102,7 @@ pub fn start(
     Ok(Followed {
         problems: receiver,
         events,
-        opted_out: wants_pods.then_some(opted_out),
+        opted_out: wanted.pods.then_some(opted_out),
     })
 }
 
@@ -128,12 +130,25 @@ async fn follow(
     let slices: Api<discovery::EndpointSlice> = Api::all(client.clone());
     let nodes: Api<v1::Node> = Api::all(client.clone());
     if opted_out.is_some() {
-        let pods: Api<v1::Pod> = Api::all(client);
+        let pods: Api<v1::Pod> = Api::all(client.clone());
         let of_node = Selector {
             fields: format!("spec.nodeName={}", collector.here()),
             ..Selector::default()
         };
         tokio::spawn(stream::follow(pods, of_node, Item::Pod, sender.clone()));
+    }
+    if collector.awaits_service_cidrs() {
+        let cidrs: Api<networking::ServiceCIDR> = Api::all(client);
+        let of_cidrs = Selector {
+            is_optional: true,
+            ..Selector::default()
+        };
+        tokio::spawn(stream::follow(
+            cidrs,
+            of_cidrs,
+            Item::ServiceCidr,
+            sender.clone(),
+        ));
     }
     tokio::spawn(stream::follow(
         services,
@@ -148,12 +163,12 @@ async fn follow(
         sender.clone(),
     ));
     tokio::spawn(stream::follow(nodes, own, Item::Node, sender));
-    let mut node_due = Instant::now() + NODE_PATIENCE;
+    let mut due = Instant::now() + PATIENCE;
     let mut batch = Vec::with_capacity(EVENTS);
     loop {
-        let waits_for_node = collector.waits_for_node();
-        if !waits_for_node {
-            node_due = Instant::now() + NODE_PATIENCE;
+        let waits = collector.waits();
+        if !waits {
+            due = Instant::now() + PATIENCE;
         }
         tokio::select! {
             count = events.recv_many(&mut batch, EVENTS) => {
@@ -161,7 +176,7 @@ async fn follow(
                     return;
                 }
             }
-            () = tokio::time::sleep_until(node_due), if waits_for_node => collector.go_without_node(),
+            () = tokio::time::sleep_until(due), if waits => collector.go_on(),
             () = updates.closed() => return,
         }
         for item in batch.drain(..) {

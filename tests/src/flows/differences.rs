@@ -44,7 +44,7 @@ pub const DIFFERENCES: &[Difference] = &[
     Difference {
         what: "kube-proxy's mode nftables: an unknown port of a ClusterIP, and an external address without endpoints from the node itself",
         kube_proxy: "rejected, unlike in its mode iptables",
-        here: "rules do as its mode iptables",
+        here: "rules drop the one, as all that no Service has in the ServiceCIDRs, and let the other go as in its mode iptables",
         changes: None,
         answers: Some(|met, answer| match met.is_rejected_by_nftables_alone() {
             true => Answer::Silent,
@@ -162,13 +162,6 @@ pub const DIFFERENCES: &[Difference] = &[
                 false => answer,
             },
         ),
-    },
-    Difference {
-        what: "An address of the ServiceCIDRs that no Service has",
-        kube_proxy: "routed on (iptables mode), dropped (nftables mode)",
-        here: "routed on: the ServiceCIDRs are not read",
-        changes: None,
-        answers: None,
     },
     Difference {
         what: "A ClusterIP that is assigned to a local link",

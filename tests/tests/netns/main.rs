@@ -27,6 +27,7 @@ mod reaper;
 mod restart;
 mod rules;
 mod self_test;
+mod service_cidrs;
 mod swap;
 mod topology;
 mod udp;

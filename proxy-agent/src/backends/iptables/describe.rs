@@ -42,9 +42,11 @@ pub fn describe(rules: &Rules, state: &DesiredState) -> String {
             let _ = writeln!(jumps, "-I {} {}", anchor.chain, anchor.rule);
         }
     };
+    let mut rules = rules.clone();
+    rules.learn(state);
     let mut known = Known::default();
-    known.take(rules, state, None, &mut note);
-    known.render_all_shared(rules, &mut note);
+    known.take(&rules, state, None, &mut note);
+    known.render_all_shared(&rules, &mut note);
     let mut text = String::new();
     for set in sets {
         let AddressSet {

@@ -10,7 +10,15 @@ use crate::state::Protocol;
 pub(super) type Is<T> = (bool, T);
 
 /// What may follow a `!`.
-const NEGATED: [&str; 6] = ["-s", "-d", "-i", "--ctorigdst", "--ctstate", "--mark"];
+const NEGATED: [&str; 7] = [
+    "-s",
+    "-d",
+    "-i",
+    "--ctorigdst",
+    "--ctstate",
+    "--mark",
+    "--dst-type",
+];
 
 /// A rule. Matches that are none match every packet.
 #[derive(Clone, Debug, Default)]
@@ -28,7 +36,7 @@ pub(super) struct Parsed {
     /// These bits of the mark are set.
     pub(super) mark: Option<Is<u32>>,
     pub(super) source_is_local: bool,
-    pub(super) destination_is_local: bool,
+    pub(super) destination_is_local: Option<bool>,
     /// Share of the packets.
     pub(super) probability: Option<f64>,
     /// A set that holds the source.
@@ -89,9 +97,9 @@ fn net(text: &str, full: bool) -> Result<IpNet, String> {
 }
 
 /// Whether addresses of this kind are local ones; rules of ours ask for no others.
-fn local(kind: &str) -> Result<bool, String> {
+fn local(kind: &str) -> Result<(), String> {
     match kind {
-        "LOCAL" => Ok(true),
+        "LOCAL" => Ok(()),
         other => Err(format!("addresses of type {other}")),
     }
 }
@@ -155,8 +163,14 @@ impl Parsed {
                     }
                     parsed.mark = Some((holds, mask));
                 }
-                "--src-type" => parsed.source_is_local = local(next()?)?,
-                "--dst-type" => parsed.destination_is_local = local(next()?)?,
+                "--src-type" => {
+                    local(next()?)?;
+                    parsed.source_is_local = true;
+                }
+                "--dst-type" => {
+                    local(next()?)?;
+                    parsed.destination_is_local = Some(holds);
+                }
                 "--probability" => {
                     let value = next()?;
                     let chance = value.parse().map_err(|_| format!("chance {value}"))?;
@@ -221,7 +235,7 @@ mod tests {
         for rule in [
             "-m addrtype --dst-type BROADCAST -j DROP",
             "-m addrtype --src-type UNICAST -j DROP",
-            "-m addrtype ! --dst-type LOCAL -j IP-MASQ",
+            "-m addrtype ! --src-type LOCAL -j IP-MASQ",
             "! -p tcp -j DROP",
             "-p tcp -m tcp ! --dport 80 -j DROP",
             "-m set ! --match-set friends src -j DROP",
@@ -234,6 +248,9 @@ mod tests {
         let source: IpNet = "10.0.0.0/8".parse().unwrap();
         let read = Parsed::new("! -s 10.0.0.0/8 -m addrtype --dst-type LOCAL -j DROP").unwrap();
         assert_eq!(read.source, Some((false, source)));
-        assert!(read.destination_is_local && !read.source_is_local);
+        let of = |read: &Parsed| (read.source_is_local, read.destination_is_local);
+        assert_eq!(of(&read), (false, Some(true)));
+        let read = Parsed::new("-m addrtype ! --dst-type LOCAL -j DROP").unwrap();
+        assert_eq!(of(&read), (false, Some(false)));
     }
 }

@@ -35,6 +35,8 @@ pub(super) enum Match<'a> {
     SourceIsLocal,
     /// To an address of this node.
     DestinationIsLocal,
+    /// To no address of this node.
+    DestinationIsElsewhere,
     /// State of the connection, in the order in which it is printed.
     State(Is<&'static str>),
     /// All bits of the mark are set.
@@ -171,6 +173,7 @@ impl Match<'_> {
         match *self {
             Self::SourceIsLocal => f.write_str("-m addrtype --src-type LOCAL "),
             Self::DestinationIsLocal => f.write_str("-m addrtype --dst-type LOCAL "),
+            Self::DestinationIsElsewhere => f.write_str("-m addrtype ! --dst-type LOCAL "),
             Self::State(state) => {
                 f.write_str("-m conntrack ")?;
                 option(f, "--ctstate", Some(state))

@@ -13,7 +13,7 @@ use super::{
     rule::{Is, Rule},
     tables::Table,
 };
-use crate::state::Family;
+use crate::state::{DesiredState, Family};
 
 pub(super) mod base;
 mod choice;
@@ -38,6 +38,8 @@ pub struct Rules {
     pub localhost_node_ports: bool,
     /// `nf_conntrack_tcp_be_liberal`: conntrack calls no packet out of its window invalid.
     pub conntrack_liberal: bool,
+    /// The networks of Services, as the last whole state has them, if what is sent there to nobody is dropped.
+    pub service_networks: Option<Vec<IpNet>>,
     /// What this host's kernel and tools can do.
     pub features: Features,
 }
@@ -96,7 +98,18 @@ impl Rules {
             node_ports: NodePorts::All,
             localhost_node_ports: false,
             conntrack_liberal: false,
+            service_networks: None,
             features: Features::default(),
+        }
+    }
+
+    /// Takes note of what only the state of the whole node has.
+    pub(super) fn learn(&mut self, state: &DesiredState) {
+        if let LocalPods::OfNode(networks) = &mut self.local_pods {
+            networks.clone_from(&state.pod_networks);
+        }
+        if let Some(networks) = &mut self.service_networks {
+            networks.clone_from(&state.service_networks);
         }
     }
 

@@ -31,6 +31,7 @@ mod refusals;
 mod simulated;
 mod sizes;
 mod takeover;
+mod unallocated;
 pub(super) mod world;
 
 /// kube-proxy's defaults, with the pod networks known.
@@ -46,6 +47,7 @@ pub(super) fn rules() -> Rules {
         node_ports: NodePorts::All,
         localhost_node_ports: true,
         conntrack_liberal: false,
+        service_networks: None,
         features: Features {
             random_fully: true,
             ipset: true,

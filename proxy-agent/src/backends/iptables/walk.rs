@@ -332,7 +332,9 @@ impl<W: World> Walk<'_, W> {
                 .mark
                 .is_none_or(|(is, mask)| (branch.mark & mask == mask) == is)
             && (!rule.source_is_local || self.is_local(*source))
-            && (!rule.destination_is_local || self.is_local(to.ip()))
+            && rule
+                .destination_is_local
+                .is_none_or(|is| self.is_local(to.ip()) == is)
             && rule
                 .set
                 .as_ref()

@@ -8,13 +8,16 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 use kube::runtime::watcher::Event;
 
 use self::pods::Pods;
 use super::stream::{Heard, Item};
 use crate::{
-    model::{self, Kind, Node, NodeName, Objects, Service, ServiceName, Slice, SliceName},
+    model::{
+        self, Kind, Node, NodeName, Objects, Service, ServiceCidr, ServiceCidrName, ServiceName,
+        Slice, SliceName,
+    },
     sources::Problem,
 };
 
@@ -35,13 +38,16 @@ pub struct Collector {
     slices: Known<SliceName>,
     /// Its list was complete, with or without it.
     is_node_listed: bool,
+    service_cidrs: Known<ServiceCidrName>,
+    /// They are to be in what is given out first, if they come in time.
+    awaits_service_cidrs: bool,
     pods: Pods,
     /// Not given out yet.
     objects: Objects,
     /// Something was given out.
     has_begun: bool,
-    /// Nobody waits for the Node any longer.
-    without_node: bool,
+    /// Nobody waits for the Node and the ServiceCIDRs any longer.
+    goes_on: bool,
     /// Impossible objects, by "kind name".
     impossible: BTreeMap<String, Vec<Problem>>,
     /// Why a kind cannot be followed.
@@ -91,8 +97,9 @@ impl<N: Clone + Eq + Hash> Known<N> {
 }
 
 impl Collector {
-    /// One that knows nothing; `server` is where the API server is reached, if that is no name.
-    pub fn new(here: NodeName, server: Option<IpAddr>) -> Self {
+    /// One that knows nothing; `server` is where the API server is reached, if that is no name. Without a wish for ServiceCIDRs
+    /// it hears of none.
+    pub fn new(here: NodeName, server: Option<IpAddr>, wants_service_cidrs: bool) -> Self {
         Self {
             here,
             server,
@@ -100,10 +107,12 @@ impl Collector {
             services: Known::default(),
             slices: Known::default(),
             is_node_listed: false,
+            service_cidrs: Known::default(),
+            awaits_service_cidrs: wants_service_cidrs,
             pods: Pods::default(),
             objects: Objects::default(),
             has_begun: false,
-            without_node: false,
+            goes_on: false,
             impossible: BTreeMap::new(),
             unheard: BTreeMap::new(),
         }
@@ -114,12 +123,22 @@ impl Collector {
         &self.here
     }
 
+    /// Whether ServiceCIDRs are wanted, and may still come in time.
+    pub fn awaits_service_cidrs(&self) -> bool {
+        self.awaits_service_cidrs
+    }
+
     /// Takes an event.
     pub fn take(&mut self, item: Item) {
         match item {
             Item::Service(heard) => self.hear(Kind::Service, heard, Self::service),
             Item::Slice(heard) => self.hear(Kind::EndpointSlice, heard, Self::slice),
             Item::Node(heard) => self.hear(Kind::Node, heard, Self::node),
+            Item::ServiceCidr(heard) => {
+                // Those that are refused, or that there are not, nobody waits for.
+                self.awaits_service_cidrs &= matches!(heard, Heard::Event(_) | Heard::Quiet);
+                self.hear(Kind::ServiceCidr, heard, Self::service_cidr);
+            }
             Item::Pod(heard) => self.hear(Kind::Pod, heard, |own, event| own.pods.take(event)),
         }
     }
@@ -127,7 +146,7 @@ impl Collector {
     /// What has changed; nothing before there is everything.
     pub fn objects(&mut self) -> Option<Objects> {
         let is_known = self.services.is_synced && self.slices.is_synced;
-        if !is_known || self.waits_for_node() {
+        if !is_known || self.waits() {
             return None;
         }
         let was_complete = std::mem::replace(&mut self.objects.complete, self.is_node_listed);
@@ -148,15 +167,16 @@ impl Collector {
         self.pods.ids()
     }
 
-    /// Whether only the Node is missing.
-    pub fn waits_for_node(&self) -> bool {
+    /// Whether only the Node or the ServiceCIDRs are missing.
+    pub fn waits(&self) -> bool {
         let is_known = self.services.is_synced && self.slices.is_synced;
-        is_known && !self.is_node_listed && !self.without_node
+        let lacks_more = !self.is_node_listed || self.awaits_service_cidrs;
+        is_known && lacks_more && !self.goes_on
     }
 
-    /// Has everything served without the Node; nothing is deleted until that is known.
-    pub fn go_without_node(&mut self) {
-        self.without_node = true;
+    /// Has everything served without them; nothing is deleted until the Node is known.
+    pub fn go_on(&mut self) {
+        self.goes_on = true;
     }
 
     /// All that is wrong now, sorted.
@@ -185,7 +205,7 @@ impl Collector {
             Heard::Failed(error) => {
                 self.unheard.insert(kind, error);
             }
-            Heard::Quiet => {
+            Heard::Quiet | Heard::Unserved => {
                 self.unheard.remove(&kind);
             }
             Heard::Event(event) => {
@@ -238,6 +258,18 @@ impl Collector {
         let kind = Kind::EndpointSlice;
         let changes = self.changes(event, kind, |of| &mut of.slices, Slice::name, Slice::parse);
         self.objects.slices.extend(changes);
+    }
+
+    fn service_cidr(&mut self, event: Event<networking::ServiceCIDR>) {
+        let changes = self.changes(
+            event,
+            Kind::ServiceCidr,
+            |of| &mut of.service_cidrs,
+            ServiceCidr::name,
+            |object, _| ServiceCidr::parse(object).map(Some),
+        );
+        self.awaits_service_cidrs &= !self.service_cidrs.is_synced;
+        self.objects.service_cidrs.extend(changes);
     }
 
     /// What an event changes of the objects in `known`; `read` gives what is used of one, and what of it is left out.

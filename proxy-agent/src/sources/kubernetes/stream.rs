@@ -3,7 +3,7 @@
 use std::{fmt::Debug, pin::pin, time::Duration};
 
 use futures_util::StreamExt as _;
-use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 use kube::{
     Api, Resource,
     runtime::{
@@ -12,7 +12,10 @@ use kube::{
     },
 };
 use serde::de::DeserializeOwned;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 
 use super::client::causes;
 
@@ -23,6 +26,9 @@ const STALLED: Duration = Duration::from_secs(15);
 /// next, then half a minute for a connection. It does not tell that it goes on.
 const QUIET: Duration = Duration::from_secs(100);
 
+/// A server that does not serve a kind is asked for it again after this long: it may be upgraded.
+const UNSERVED: Duration = Duration::from_secs(600);
+
 /// What to follow of a kind: objects with, or without, these labels and fields.
 #[derive(Clone, Debug, Default)]
 pub struct Selector {
@@ -32,6 +38,8 @@ pub struct Selector {
     pub fields: String,
     /// Fields of objects that are of use to nobody: an old server does not know them, and sends all.
     pub spares: String,
+    /// A server need not serve the kind at all.
+    pub is_optional: bool,
 }
 
 /// What is heard of a kind.
@@ -45,6 +53,8 @@ pub enum Item {
     Node(Heard<v1::Node>),
     /// Of the node's pods.
     Pod(Heard<v1::Pod>),
+    /// Of ServiceCIDRs.
+    ServiceCidr(Heard<networking::ServiceCIDR>),
 }
 
 /// What is heard of the objects of one kind.
@@ -56,6 +66,8 @@ pub enum Heard<K> {
     Failed(String),
     /// They are followed again, and nothing has happened to them.
     Quiet,
+    /// The server does not serve the kind, and need not.
+    Unserved,
 }
 
 /// Follows until nobody takes events any more. After an error it waits, longer each time and by chance, and goes on where it
@@ -72,7 +84,7 @@ pub async fn follow<K>(
     while let Some(config) = ways.next() {
         let streams = config.initial_list_strategy == InitialListStrategy::StreamingList;
         let mut stream = pin!(kube::runtime::watcher(api.clone(), config).default_backoff());
-        let (mut is_listing, mut has_failed) = (false, false);
+        let (mut is_listing, mut has_failed, mut is_unserved) = (false, false, false);
         loop {
             let limit = match (streams && is_listing, has_failed) {
                 (true, _) => STALLED,
@@ -81,6 +93,9 @@ pub async fn follow<K>(
             };
             let heard = match timeout(limit, stream.next()).await {
                 Ok(Some(Err(error))) if ways.peek().is_some() && is_refused(&error) => break,
+                Ok(Some(Err(error))) if selector.is_optional && code(&error) == 404 => {
+                    Heard::Unserved
+                }
                 Ok(Some(Err(error))) => Heard::Failed(explain::<K>(&error)),
                 Ok(Some(Ok(event))) => Heard::Event(Box::new(event)),
                 Err(_) if !is_listing => Heard::Quiet,
@@ -89,11 +104,19 @@ pub async fn follow<K>(
             };
             is_listing = match &heard {
                 Heard::Event(event) => matches!(**event, Event::Init | Event::InitApply(_)),
-                Heard::Failed(_) | Heard::Quiet => is_listing,
+                Heard::Failed(_) | Heard::Quiet | Heard::Unserved => is_listing,
             };
             has_failed = matches!(heard, Heard::Failed(_));
+            let was_unserved = is_unserved;
+            is_unserved = matches!(heard, Heard::Unserved);
             if events.send(item(heard)).await.is_err() {
                 return;
+            }
+            if is_unserved {
+                if !was_unserved {
+                    tracing::info!(kind = %K::kind(&()), "this API server does not serve them: going on without");
+                }
+                sleep(UNSERVED).await;
             }
         }
         tracing::info!(kind = %K::kind(&()), "this API server is too old for how it was asked: asking it in a plainer way");
@@ -107,6 +130,7 @@ fn ways(selector: &Selector) -> Vec<watcher::Config> {
         labels,
         fields,
         spares,
+        is_optional: _,
     } = selector;
     let more = (!spares.is_empty()).then(|| [fields.as_str(), spares].join(","));
     let more = more.map(|fields| fields.trim_start_matches(',').to_owned());
@@ -140,17 +164,21 @@ fn is_refused(error: &watcher::Error) -> bool {
     [400, 422].contains(&status.code)
 }
 
-/// What failed, and what to do about it; for a right that is missing, which one.
-fn explain<K: Resource<DynamicType = ()>>(error: &watcher::Error) -> String {
-    let resource = K::plural(&());
-    let code = match error {
+/// The server's answer as HTTP has it; 0 if it was none.
+fn code(error: &watcher::Error) -> u16 {
+    match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(kube::Error::Api(status))
         | watcher::Error::WatchFailed(kube::Error::Api(status)) => status.code,
         watcher::Error::WatchError(status) => status.code,
         _ => 0,
-    };
-    let remedy = match code {
+    }
+}
+
+/// What failed, and what to do about it; for a right that is missing, which one.
+fn explain<K: Resource<DynamicType = ()>>(error: &watcher::Error) -> String {
+    let resource = K::plural(&());
+    let remedy = match code(error) {
         401 => "; the API server does not know who this is: are the credentials out of date, or for another cluster?".to_owned(),
         403 => format!(
             "; its ClusterRole needs the rule {{apiGroups: [\"{}\"], resources: [\"{resource}\"], verbs: [\"list\", \"watch\"]}}",
@@ -172,6 +200,7 @@ mod tests {
             labels: "!a".to_owned(),
             fields: fields.to_owned(),
             spares: spares.to_owned(),
+            is_optional: false,
         };
         let asked = |selector: &Selector| -> Vec<(bool, Option<String>)> {
             let ways = ways(selector).into_iter();

@@ -66,7 +66,8 @@ fn follow_server(server: SocketAddr) -> (Followed, mpsc::Receiver<Update>) {
     let (sender, updates) = mpsc::channel(1);
     let access = Access::Kubeconfig(path, None);
     let here = NodeName::new("node-a");
-    let followed = start(&access, here, sender, false, &RestClientMetrics::default()).unwrap();
+    let wanted = Wanted::default();
+    let followed = start(&access, here, sender, wanted, &RestClientMetrics::default()).unwrap();
     (followed, updates)
 }
 

@@ -50,6 +50,7 @@ fn each_variant(test: impl Fn(&mut Host) + Sync) {
 fn backend(host: &Host) -> IptablesBackend<Host> {
     let rules = Rules {
         features: host.features(),
+        service_networks: Some(Vec::new()),
         ..rules()
     };
     IptablesBackend::new(host.clone(), rules)
@@ -103,13 +104,16 @@ fn address_sets_come_and_go() {
     });
 }
 
-/// Services of every shape, in both families.
+/// Services of every shape and networks of Services, in both families.
 fn everything() -> DesiredState {
     let services = (1..=60_u8).flat_map(|id| service_of(id, u64::from(id)));
     DesiredState {
         services: services
             .map(|service| (service.key.clone(), service))
             .collect(),
+        service_networks: ["10.96.0.0/12", "fd00:10:96::/112"]
+            .map(|network| network.parse().unwrap())
+            .into(),
         ..DesiredState::default()
     }
 }

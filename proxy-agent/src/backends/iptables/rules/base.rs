@@ -25,6 +25,9 @@ const MARK_MASQ: ChainName = ChainName::fixed("KUBE-MARK-MASQ");
 /// kubelet's too.
 pub(in super::super) const KUBELET_FIREWALL: ChainName = ChainName::fixed("KUBE-FIREWALL");
 
+/// Why a packet to an address of a ServiceCIDR is dropped: the comment of the rule.
+pub const UNALLOCATED: &str = "a ServiceCIDR has this address, and no Service has it at this port";
+
 /// The chains that every node has.
 const OF_NAT: [ChainName; 4] = [SERVICES, NODE_PORTS, POSTROUTING, MARK_MASQ];
 const OF_FILTER: [ChainName; 6] = [
@@ -273,11 +276,22 @@ pub(in super::super) fn finish(
             matches: &[Match::DestinationIsLocal],
             ..Rule::new(family, Target::Jump(Root::NodePortsRefused.chain()))
         }),
-        Root::NodePorts
-        | Root::ClusterRefused
-        | Root::NodePortsRefused
-        | Root::HealthChecks
-        | Root::Firewall => {}
+        Root::ClusterRefused => unallocated(rules, family, body),
+        Root::NodePorts | Root::NodePortsRefused | Root::HealthChecks | Root::Firewall => {}
+    }
+}
+
+/// Behind all that is refused, and so about nobody's addresses and unknown ports: a client's SYN is lost, and the next one
+/// reaches the Service that has come meanwhile. An address that a link of this node has (NodeLocal DNSCache) is that link's.
+fn unallocated(rules: &Rules, family: Family, body: &mut Body) {
+    let networks = rules.service_networks.iter().flatten();
+    for network in networks.filter(|network| Family::of(network.addr()) == family) {
+        body.push(&Rule {
+            destination: is(*network),
+            matches: &[Match::DestinationIsElsewhere],
+            comment: Some(format_args!("{UNALLOCATED}")),
+            ..Rule::new(family, Target::Drop)
+        });
     }
 }
 

@@ -43,7 +43,7 @@ pub(in super::super) enum Root {
     Services,
     /// nat KUBE-NODEPORTS: node ports to their chains.
     NodePorts,
-    /// filter KUBE-SERVICES: ClusterIPs that nothing serves. Seen in FORWARD and OUTPUT.
+    /// filter KUBE-SERVICES: ClusterIPs that nothing serves, then addresses of ServiceCIDRs that no Service has. Seen in FORWARD and OUTPUT.
     ClusterRefused,
     /// filter KUBE-EXTERNAL-SERVICES: other addresses that nothing serves. Seen in INPUT and FORWARD.
     ExternalRefused,

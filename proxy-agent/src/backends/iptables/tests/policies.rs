@@ -4,7 +4,7 @@ use super::*;
 
 const CLIENT: &str = "192.0.2.7";
 
-fn vip(family: Family) -> (IpAddr, u16) {
+pub(super) fn vip(family: Family) -> (IpAddr, u16) {
     (ip(family, "10.96.0.1"), 80)
 }
 
@@ -16,15 +16,15 @@ fn node_port(family: Family) -> (IpAddr, u16) {
     (ip(family, "192.168.0.1"), 30080)
 }
 
-fn outside(family: Family, to: (IpAddr, u16)) -> Packet<'static> {
+pub(super) fn outside(family: Family, to: (IpAddr, u16)) -> Packet<'static> {
     packet(ip(family, CLIENT), Some("eth0"), to)
 }
 
-fn pod(family: Family, to: (IpAddr, u16)) -> Packet<'static> {
+pub(super) fn pod(family: Family, to: (IpAddr, u16)) -> Packet<'static> {
     packet(ip(family, "10.244.0.5"), Some("cni0"), to)
 }
 
-fn node(family: Family, to: (IpAddr, u16)) -> Packet<'static> {
+pub(super) fn node(family: Family, to: (IpAddr, u16)) -> Packet<'static> {
     packet(ip(family, "192.168.0.1"), None, to)
 }
 

@@ -4,6 +4,8 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod service_cidrs;
+
 fn read<K: DeserializeOwned>(object: Value) -> K {
     serde_json::from_value(object).unwrap()
 }
@@ -45,7 +47,7 @@ fn list<K>(item: fn(Heard<K>) -> Item, objects: Vec<K>) -> Vec<Item> {
 }
 
 fn collector() -> Collector {
-    Collector::new(NodeName::new("node-a"), Some([10, 96, 0, 10].into()))
+    Collector::new(NodeName::new("node-a"), Some([10, 96, 0, 10].into()), false)
 }
 
 fn take(collector: &mut Collector, items: impl IntoIterator<Item = Item>) {
@@ -125,9 +127,9 @@ fn without_the_node_all_is_served_and_nothing_deleted() {
         &mut collector,
         [Item::Node(Heard::Failed("forbidden".to_owned()))],
     );
-    assert!(collector.waits_for_node());
+    assert!(collector.waits());
     assert_eq!(collector.objects(), None);
-    collector.go_without_node();
+    collector.go_on();
     let objects = collector.objects().unwrap();
     assert_eq!(told(&objects), ["default/a"]);
     assert!(!objects.complete);
