@@ -29,6 +29,7 @@ const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
 const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/default/events";
 const SERVICES: &str = "/api/v1/namespaces/default/services";
+const SERVICE_CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
 
 /// A control plane without controllers: what is applied stays as it is.
 ///
@@ -222,6 +223,30 @@ impl ControlPlane {
         let service = Request::delete(&format!("{SERVICES}/{service}"));
         let requests: Vec<Request> = slices.chain([service]).collect();
         self.client.send(&requests).map(drop)
+    }
+
+    /// Makes a ServiceCIDR.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn apply_service_cidr(&self, name: &str, cidrs: &[&str]) -> anyhow::Result<()> {
+        let object = json!({
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "ServiceCIDR",
+            "metadata": {"name": name},
+            "spec": {"cidrs": cidrs},
+        });
+        let request = Request::apply(&format!("{SERVICE_CIDRS}/{name}"), object);
+        self.client.send(&[request]).map(drop)
+    }
+
+    /// Deletes a ServiceCIDR.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub fn delete_service_cidr(&self, name: &str) -> anyhow::Result<()> {
+        let request = Request::delete(&format!("{SERVICE_CIDRS}/{name}"));
+        self.client.send(&[request]).map(drop)
     }
 
     /// The Events of the namespace `default`: also those about Nodes, which have none.

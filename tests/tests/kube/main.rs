@@ -13,4 +13,5 @@ mod events;
 mod migration;
 mod nodes;
 mod pod;
+mod service_cidrs;
 mod source;
