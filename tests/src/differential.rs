@@ -7,10 +7,12 @@ mod chance;
 mod plan;
 mod questions;
 mod shrink;
+mod unallocated;
 
 use std::{collections::BTreeSet, net::IpAddr};
 
 pub use questions::{Answer, Answers, Asked};
+pub use unallocated::serve_unallocated;
 
 use self::{chance::Chance, plan::Plan};
 use crate::{
@@ -116,7 +118,7 @@ impl Met<'_> {
 
     /// Whether it is to a ClusterIP.
     pub fn is_to_cluster_ip(&self) -> bool {
-        self.asked.target == Target::ClusterIp
+        self.asked.target == Some(Target::ClusterIp)
     }
 
     /// Whether it is a connection to a port of a ClusterIP that the Service does not have.
@@ -134,7 +136,7 @@ impl Met<'_> {
             is_frontend,
             ..
         } = self.asked;
-        let is_external = matches!(target, Target::ExternalIp | Target::LoadBalancer);
+        let is_external = matches!(target, Some(Target::ExternalIp | Target::LoadBalancer));
         let leaves_node = *client == Client::Node && is_external && !own.contains(&to.ip());
         let its = self.its.get(&self.asked.to_string());
         self.mode == Mode::Nftables
@@ -232,7 +234,7 @@ mod tests {
             client,
             own: vec![OWN.parse().unwrap()],
             service: "web-1".to_owned(),
-            target,
+            target: Some(target),
             to: to.parse().unwrap(),
             transport: Transport::Tcp,
             is_frontend: true,

@@ -165,11 +165,7 @@ impl Plan {
     }
 
     pub(super) fn vip(&self, v6: bool) -> IpAddr {
-        let number = self.number;
-        match v6 {
-            true => Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x100 + u16::from(number)).into(),
-            false => Ipv4Addr::new(10, 96, 1, number).into(),
-        }
+        vip(self.number, v6)
     }
 
     pub(super) fn node_port(&self, transport: Transport) -> u16 {
@@ -283,6 +279,14 @@ impl PlannedEndpoint {
             endpoint = endpoint.for_node(&node);
         }
         endpoint
+    }
+}
+
+/// The ClusterIP of a Service.
+pub(super) fn vip(number: u8, v6: bool) -> IpAddr {
+    match v6 {
+        true => Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x100 + u16::from(number)).into(),
+        false => Ipv4Addr::new(10, 96, 1, number).into(),
     }
 }
 

@@ -8,11 +8,15 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use super::plan::{Plan, transports};
+use super::{
+    plan::{Plan, transports},
+    unallocated,
+};
 use crate::{
     Pod, Scenario,
     flows::{Client, Target},
     peer::{Heard, Question, Transport},
+    scenario::SOURCES,
 };
 
 /// Endpoints that serve answer one after the other by chance: of three each, except once in ten million times.
@@ -29,8 +33,8 @@ pub struct Asked {
     pub own: Vec<IpAddr>,
     /// Of which Service.
     pub service: String,
-    /// What it is asked at.
-    pub target: Target,
+    /// What it is asked at; none: an address of the ServiceCIDRs that no Service has.
+    pub target: Option<Target>,
     /// Where.
     pub to: SocketAddr,
     /// How.
@@ -76,9 +80,10 @@ impl fmt::Display for Asked {
             transport,
             ..
         } = self;
+        let target = target.map_or("nobody".to_owned(), |target| format!("{target:?}"));
         write!(
             f,
-            "{service}: {client:?} to {target:?} {to}/{}",
+            "{service}: {client:?} to {target} {to}/{}",
             transport.name()
         )
     }
@@ -110,7 +115,25 @@ fn questions(plans: &[Plan], client: Client, s: &Scenario, outsider: &Pod) -> Ve
     plans
         .iter()
         .flat_map(|plan| of_one(plan, plans, client, &own, s))
+        .chain(of_nobody(client, &own))
         .collect()
+}
+
+fn of_nobody(client: Client, own: &[IpAddr]) -> impl Iterator<Item = Asked> {
+    let families = [false, true].into_iter();
+    let all = families.flat_map(|v6| transports().map(move |transport| (v6, transport)));
+    all.map(move |(v6, transport)| Asked {
+        client,
+        own: own.to_vec(),
+        service: "none".to_owned(),
+        target: None,
+        to: (unallocated::address(v6), SOURCES).into(),
+        transport,
+        is_frontend: false,
+        has_ranges: false,
+        sticks_to_one_of: None,
+        owns_alone: None,
+    })
 }
 
 fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scenario) -> Vec<Asked> {
@@ -126,7 +149,7 @@ fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scena
                     client,
                     own: own.to_vec(),
                     service: plan.name(),
-                    target,
+                    target: Some(target),
                     to: (address, port).into(),
                     transport,
                     is_frontend,

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use proxy_tests::{
     Endpoint, Pod, Service,
-    differential::{Answers, Comparison, World},
+    differential::{Answer, Answers, Comparison, World, serve_unallocated},
     kube::{KubeProxy, Mode, Variant},
     scenario::{OFTEN, SOON, SOURCES, TCP_TARGET, who_tcp},
     wait_for,
@@ -91,7 +91,9 @@ impl Trial<'_> {
         let mut its = Vec::new();
         for moment in 0..world.moments() {
             self.apply(world, moment)?;
-            its.push(self.ask(world, moment)?);
+            let answers = self.ask(world, moment)?;
+            ensure_way_to_nobody(&answers, mode)?;
+            its.push(answers);
         }
         let agent = &mut self.c.scenario.agent;
         agent.read_config(kube_proxy.config());
@@ -144,6 +146,18 @@ impl Trial<'_> {
     }
 }
 
+/// What no Service has in the ServiceCIDRs is answered elsewhere, unless kube-proxy drops it.
+fn ensure_way_to_nobody(answers: &Answers, mode: Mode) -> anyhow::Result<()> {
+    let nobodys = answers.values().filter(|(asked, _)| asked.target.is_none());
+    let other = nobodys.filter(|(_, answer)| match mode {
+        Mode::Nftables => *answer != Answer::Silent,
+        Mode::Iptables(_) => !matches!(answer, Answer::Served { .. }),
+    });
+    let other: Vec<String> = other.map(|(asked, _)| asked.to_string()).collect();
+    ensure!(other.is_empty(), "kube-proxy in {mode:?}: {other:#?}");
+    Ok(())
+}
+
 /// Each kube-proxy against an agent in this mode.
 fn answers_are_the_same(seed: u64, pairs: [(Mode, &str); 2]) {
     let given = env::var("PROXY_SEED").map(|seed| seed.parse().expect("PROXY_SEED is a number"));
@@ -156,8 +170,10 @@ fn answers_are_the_same(seed: u64, pairs: [(Mode, &str); 2]) {
         }
         c.scenario.serve_sources()?;
         c.scenario.client.peer()?.serve_sources(SOURCES, "client")?;
+        let outsider = c.scenario.topology.outsider()?;
+        let _elsewhere = serve_unallocated(&c.scenario, &outsider)?;
         let mut trial = Trial {
-            outsider: c.scenario.topology.outsider()?,
+            outsider,
             c,
             marks: 0,
         };
