@@ -142,7 +142,7 @@ fn start(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 /// The agent cannot run here.
 pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
     let origin = place::origin(&args.sources)?;
-    backends::process::limit_heaps();
+    backends::process::keep_little();
     let reaper = match args.layers.mode() {
         Mode::Auto | Mode::Ebpf => Some(Reaper::start(global).map_err(start("the reaper"))?),
         Mode::Iptables => None,

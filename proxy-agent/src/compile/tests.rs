@@ -22,7 +22,7 @@ fn name(short: &str) -> ServiceName {
 fn service_update(short: &str, object: Value) -> Objects {
     let service = (!object.is_null()).then(|| {
         let object = serde_json::from_value(object).unwrap();
-        Arc::new(Service::parse(&object).unwrap().unwrap())
+        Arc::new(Service::parse(&object).unwrap().unwrap().0)
     });
     Objects {
         services: vec![(name(short), service)],

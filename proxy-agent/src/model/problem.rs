@@ -36,7 +36,7 @@ pub enum Effect {
     Refused,
     /// Left out because it has no ClusterIP; without an earlier version nothing of it can be in the kernel.
     Skipped,
-    /// Endpoints or networks of it are left out; the rest is used.
+    /// Ports, endpoints or networks of it are left out; the rest is used.
     Trimmed,
 }
 

@@ -104,11 +104,12 @@ impl Service {
         Ok(ServiceName::new(namespace, name))
     }
 
-    /// Reads a Service; nothing if it is not for this proxy (another proxy's, headless, ExternalName).
+    /// Reads a Service, and says which ports it leaves out; nothing if it is not for this proxy (another proxy's, headless,
+    /// ExternalName).
     ///
     /// # Errors
     /// What makes it impossible.
-    pub fn parse(object: &v1::Service) -> Result<Option<Self>, Problem> {
+    pub fn parse(object: &v1::Service) -> Result<Option<(Self, Vec<Problem>)>, Problem> {
         let name = Self::name(object)?;
         let (namespace, short) = name.as_str().split_once('/').unwrap_or_default();
         let blame = Blame::new(Kind::Service, Some(namespace), short);
@@ -123,7 +124,8 @@ impl Service {
             return Ok(None);
         };
         let created = object.metadata.creation_timestamp.as_ref();
-        Ok(Some(Self {
+        let (ports, trimmed) = ports(spec, &blame)?;
+        let service = Self {
             created: created.map_or(i64::MAX, |time| time.0.as_second()),
             cluster_ips,
             external_ips: external_ips(spec, &blame)?,
@@ -133,8 +135,9 @@ impl Service {
             external_policy: external_policy(spec, &blame)?,
             health_check_port: health_check_port(spec, &blame)?,
             affinity_seconds: affinity(spec, &blame)?,
-            ports: ports(spec, &blame)?,
-        }))
+            ports,
+        };
+        Ok(Some((service, trimmed)))
     }
 
     /// The families that it has a ClusterIP in: kube-proxy ignores a Service in every other.
@@ -322,16 +325,23 @@ fn affinity(spec: &v1::ServiceSpec, blame: &Blame) -> Result<Option<u32>, Proble
     }
 }
 
-fn ports(spec: &v1::ServiceSpec, blame: &Blame) -> Result<Box<[Port]>, Problem> {
+/// A protocol that came after this agent takes no other port with it.
+fn ports(spec: &v1::ServiceSpec, blame: &Blame) -> Result<(Box<[Port]>, Vec<Problem>), Problem> {
     let mut found: Vec<Port> = Vec::new();
+    let mut trimmed = Vec::new();
     for (index, port) in spec.ports.iter().flatten().enumerate() {
         let blamed = |field: &str, what| blame.refuse(format!("spec.ports[{index}].{field}"), what);
         let name = port.name.as_deref().unwrap_or_default();
         if !name.is_empty() {
             text::label(name).map_err(|what| blamed("name", what))?;
         }
-        let protocol =
-            text::protocol(port.protocol.as_deref()).map_err(|what| blamed("protocol", what))?;
+        let protocol = match text::protocol(port.protocol.as_deref()) {
+            Ok(protocol) => protocol,
+            Err(what) => {
+                trimmed.push(blame.trim(format!("spec.ports[{index}].protocol"), what));
+                continue;
+            }
+        };
         let node_port = match port.node_port {
             None | Some(0) => None,
             Some(number) => Some(text::port(number).map_err(|what| blamed("nodePort", what))?),
@@ -361,7 +371,7 @@ fn ports(spec: &v1::ServiceSpec, blame: &Blame) -> Result<Box<[Port]>, Problem> 
         }
         found.push(port);
     }
-    Ok(found.into())
+    Ok((found.into(), trimmed))
 }
 
 #[cfg(test)]

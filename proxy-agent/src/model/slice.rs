@@ -194,7 +194,7 @@ impl Slice {
         Ok(SliceName::new(namespace, name))
     }
 
-    /// Reads a slice as seen from `here`, and says which endpoints it leaves out, of many the first; nothing if it is not for this
+    /// Reads a slice as seen from `here`, and says which ports and endpoints it leaves out, of many the first; nothing if it is not for this
     /// proxy (another proxy's, of a headless Service, of no Service, FQDN).
     ///
     /// # Errors
@@ -223,15 +223,16 @@ impl Slice {
                 return Err(blame.refuse("addressType", what));
             }
         };
+        let (ports, mut trimmed) = ports(object, &blame)?;
         let mut slice = Self {
             service: ServiceName::new(namespace, service),
             family,
-            ports: ports(object, &blame)?,
+            ports,
             endpoints: Box::default(),
             zones: Box::default(),
             triggered: triggered(object),
         };
-        let trimmed = slice.read_endpoints(&object.endpoints, here, &blame)?;
+        trimmed.extend(slice.read_endpoints(&object.endpoints, here, &blame)?);
         Ok(Some((slice, trimmed)))
     }
 
@@ -342,8 +343,13 @@ impl ZoneTable {
     }
 }
 
-fn ports(object: &v1::EndpointSlice, blame: &Blame) -> Result<Box<[EndpointPort]>, Problem> {
+/// A protocol that came after this agent takes no other port with it.
+fn ports(
+    object: &v1::EndpointSlice,
+    blame: &Blame,
+) -> Result<(Box<[EndpointPort]>, Vec<Problem>), Problem> {
     let mut found: Vec<EndpointPort> = Vec::new();
+    let mut trimmed = Vec::new();
     for (index, port) in object.ports.iter().flatten().enumerate() {
         let blamed = |field: &str, what| blame.refuse(format!("ports[{index}].{field}"), what);
         // The API server turns a missing name into "".
@@ -351,8 +357,13 @@ fn ports(object: &v1::EndpointSlice, blame: &Blame) -> Result<Box<[EndpointPort]
         if !name.is_empty() {
             text::label(name).map_err(|what| blamed("name", what))?;
         }
-        let protocol =
-            text::protocol(port.protocol.as_deref()).map_err(|what| blamed("protocol", what))?;
+        let protocol = match text::protocol(port.protocol.as_deref()) {
+            Ok(protocol) => protocol,
+            Err(what) => {
+                trimmed.push(blame.trim(format!("ports[{index}].protocol"), what));
+                continue;
+            }
+        };
         if found.iter().any(|other| &*other.name == name) {
             return Err(blamed(
                 "name",
@@ -368,7 +379,7 @@ fn ports(object: &v1::EndpointSlice, blame: &Blame) -> Result<Box<[EndpointPort]
             });
         }
     }
-    Ok(found.into())
+    Ok((found.into(), trimmed))
 }
 
 #[cfg(test)]

@@ -12,7 +12,11 @@ fn parse(spec: Value) -> Result<Option<Service>, Problem> {
     for (key, value) in spec.as_object().unwrap() {
         object["spec"][key] = value.clone();
     }
-    Service::parse(&serde_json::from_value(object).unwrap())
+    let parsed = Service::parse(&serde_json::from_value(object).unwrap())?;
+    Ok(parsed.map(|(service, trimmed)| {
+        assert_eq!(trimmed, []);
+        service
+    }))
 }
 
 fn good(spec: Value) -> Service {
@@ -76,10 +80,6 @@ fn an_impossible_service_is_refused_by_field() {
         (
             json!({"ports": [{"port": 1, "nodePort": 70000}]}),
             "spec.ports[0].nodePort: 70000 is not a port (1-65535)",
-        ),
-        (
-            json!({"ports": [{"port": 1, "protocol": "tcp"}]}),
-            "spec.ports[0].protocol: \"tcp\" is not a protocol (TCP, UDP, SCTP)",
         ),
         (
             json!({"ports": [{"port": 1, "name": "A b"}]}),
@@ -197,11 +197,32 @@ fn the_age_comes_from_the_creation_timestamp() {
         "spec": {"clusterIP": "10.96.0.1"}
     });
     let service = Service::parse(&serde_json::from_value(object).unwrap());
-    assert_eq!(service.unwrap().unwrap().created, 60);
+    assert_eq!(service.unwrap().unwrap().0.created, 60);
     assert_eq!(
         good(json!({})).created,
         i64::MAX,
         "without one it is the youngest"
+    );
+}
+
+#[test]
+fn a_port_of_an_unknown_protocol_is_left_out() {
+    let object = json!({
+        "metadata": {"name": "web"},
+        "spec": {"clusterIP": "10.96.0.1", "ports": [
+            {"name": "new", "port": 443, "protocol": "QUIC"}, {"name": "old", "port": 443}
+        ]}
+    });
+    let service = Service::parse(&serde_json::from_value(object).unwrap());
+    let (service, trimmed) = service.unwrap().unwrap();
+    assert_eq!(service.ports.len(), 1);
+    assert_eq!(&*service.ports[0].name, "old");
+    let trimmed: Vec<String> = trimmed.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        trimmed,
+        [
+            "Service default/web: spec.ports[0].protocol: \"QUIC\" is not a protocol (TCP, UDP, SCTP); left out, the rest is used"
+        ]
     );
 }
 

@@ -105,10 +105,6 @@ fn ports_without_number_are_ignored_and_impossible_ones_refused() {
         "ports[0].port"
     );
     assert_eq!(
-        field(ports(json!([{"name": "a", "port": 1, "protocol": "GRE"}]))),
-        "ports[0].protocol"
-    );
-    assert_eq!(
         field(ports(json!([{"port": 1}, {"name": "", "port": 2}]))),
         "ports[1].name"
     );
@@ -116,6 +112,19 @@ fn ports_without_number_are_ignored_and_impossible_ones_refused() {
         field(ports(json!([{"name": "a".repeat(64), "port": 2}]))),
         "ports[0].name"
     );
+}
+
+#[test]
+fn a_port_of_an_unknown_protocol_is_left_out() {
+    let ports = json!([{"name": "a", "port": 1, "protocol": "QUIC"}, {"name": "b", "port": 1}]);
+    let (slice, trimmed) = parse(json!({"ports": ports})).unwrap().unwrap();
+    assert_eq!(slice.ports.len(), 1);
+    assert_eq!(&*slice.ports[0].name, "b");
+    let fields: Vec<&str> = trimmed
+        .iter()
+        .map(|problem| problem.field.as_str())
+        .collect();
+    assert_eq!(fields, ["ports[0].protocol"]);
 }
 
 #[test]

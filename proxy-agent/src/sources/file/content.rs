@@ -169,29 +169,33 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// What is used of an object; what of it is left out is reported.
+    fn value<V>(
+        &mut self,
+        read: Result<Option<(V, Vec<model::Problem>)>, model::Problem>,
+        kind: fn(Arc<V>) -> Value,
+        path: &str,
+    ) -> Result<Value, model::Problem> {
+        let Some((value, trimmed)) = read? else {
+            return Ok(Value::Excluded);
+        };
+        for problem in trimmed {
+            self.report(&problem, path);
+        }
+        Ok(kind(Arc::new(value)))
+    }
+
     /// Reads one object, found at `path` of its document.
     fn read(&mut self, object: Object, path: &str) -> Result<(), Fault> {
         match object {
             Object::Service(object) => {
                 let name = Service::name(&object);
-                let value = Service::parse(&object).map(|service| match service {
-                    Some(service) => Value::Service(Arc::new(service)),
-                    None => Value::Excluded,
-                });
+                let value = self.value(Service::parse(&object), Value::Service, path);
                 self.add(name.map(Key::Service), value, path);
             }
             Object::EndpointSlice(object) => {
                 let name = Slice::name(&object);
-                let value = match Slice::parse(&object, self.here) {
-                    Ok(Some((slice, trimmed))) => {
-                        for problem in trimmed {
-                            self.report(&problem, path);
-                        }
-                        Ok(Value::Slice(Arc::new(slice)))
-                    }
-                    Ok(None) => Ok(Value::Excluded),
-                    Err(problem) => Err(problem),
-                };
+                let value = self.value(Slice::parse(&object, self.here), Value::Slice, path);
                 self.add(name.map(Key::Slice), value, path);
             }
             Object::Node(object) => match Node::name(&object) {

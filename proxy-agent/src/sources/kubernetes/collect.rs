@@ -231,10 +231,7 @@ impl Collector {
     }
 
     fn service(&mut self, event: Event<v1::Service>) {
-        let read = |object: &v1::Service, _: &NodeName| {
-            let service = Service::parse(object)?;
-            Ok(service.map(|service| (service, Vec::new())))
-        };
+        let read = |object: &v1::Service, _: &NodeName| Service::parse(object);
         let changes = self.changes(
             event,
             Kind::Service,
