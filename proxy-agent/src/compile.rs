@@ -215,14 +215,12 @@ impl Compiler {
         addresses: bool,
     ) -> Compiled {
         let mut state = DesiredState::default();
+        let mut services = Vec::new();
         let mut new_problems = Vec::new();
         for name in &scope {
             let Outcome { states, problems } = service(model, &self.owners, name);
-            state.services.extend(
-                states
-                    .into_iter()
-                    .map(|service| (service.key.clone(), service)),
-            );
+            let states = states.into_iter();
+            services.extend(states.map(|service| (service.key.clone(), service)));
             let before = if problems.is_empty() {
                 self.problems.remove(name)
             } else {
@@ -235,6 +233,8 @@ impl Compiler {
                     .filter(|problem| !before.contains(problem)),
             );
         }
+        // A map that is collected whole takes half the memory of one that grows.
+        state.services = services.into_iter().collect();
         if addresses {
             state.addresses = node_addresses(model);
         }

@@ -135,20 +135,32 @@ impl Cleaner {
         let gone = self.known.extract_if(.., |port, _| is_gone(port));
         self.waiting
             .extend(gone.filter(|(port, _)| port.protocol == Protocol::Udp));
+        if services.is_none() {
+            return self.note_all(state);
+        }
         let meant = state.services.iter().filter(|(port, _)| is_meant(port));
         for (port, service) in meant {
             let before = self.known.insert(port.clone(), without_backends(service));
             let had_rules = before.is_some_and(|before| before.frontends == service.frontends);
-            match port.protocol {
-                Protocol::Udp => {
-                    self.waiting.insert(port.clone(), service.clone());
-                }
-                // Who serves does not matter for these.
-                Protocol::Tcp | Protocol::Sctp if services.is_none() || !had_rules => {
-                    self.waiting.insert(port.clone(), without_backends(service));
-                }
-                Protocol::Tcp | Protocol::Sctp => {}
+            if port.protocol == Protocol::Udp || !had_rules {
+                self.waiting.insert(port.clone(), what_matters(service));
             }
+        }
+    }
+
+    /// Maps that are collected whole take half the memory of those that grow.
+    fn note_all(&mut self, state: &DesiredState) {
+        let all = state.services.iter();
+        let known = all
+            .clone()
+            .map(|(port, service)| (port.clone(), without_backends(service)));
+        self.known = known.collect();
+        let gone = std::mem::take(&mut self.waiting);
+        self.waiting = all
+            .map(|(port, service)| (port.clone(), what_matters(service)))
+            .collect();
+        for (port, service) in gone {
+            self.waiting.entry(port).or_insert(service);
         }
     }
 
@@ -158,6 +170,14 @@ impl Cleaner {
             // The thread ends after this sender.
             let _ = self.thread.send(std::mem::take(&mut self.waiting));
         }
+    }
+}
+
+/// Who serves does not matter for TCP and SCTP.
+fn what_matters(service: &ServiceState) -> ServiceState {
+    match service.key.protocol {
+        Protocol::Udp => service.clone(),
+        Protocol::Tcp | Protocol::Sctp => without_backends(service),
     }
 }
 

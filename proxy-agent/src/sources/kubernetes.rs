@@ -36,8 +36,8 @@ mod stream;
 const LABELS: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
 /// As kube-proxy 1.36 asks for Services (cmd/kube-proxy/app/server.go, `Run`).
 const NOT_HEADLESS: &str = "spec.clusterIP!=None";
-/// Events on their way; as many make one update.
-const EVENTS: usize = 1_024;
+/// Events on their way; as many make one update. Few: their objects are large until they are parsed.
+const EVENTS: usize = 64;
 /// What is not there when Services and slices are, the Node or ServiceCIDRs, because its list is refused or late, holds nobody
 /// up for longer.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -105,19 +105,19 @@ fn hash_entries(ids: &Ids, changes: &[Change]) -> (u32, u32) {
     )
 }
 
-/// What to ask for: no map shrinks, and all have some room for what comes next.
+/// What to ask for: no map shrinks, and all have half as much again for what comes next.
 ///
 /// Slots get the most: each change of a set takes a new range, and the old one waits for more than a second, at 20,000
 /// changes a second.
 fn with_headroom(need: &Capacity, have: &Capacity) -> Capacity {
-    let grow = |need: u32, factor: u32, have: u32| need.saturating_mul(factor).max(have);
-    let slots = grow(need.slots, 4, have.slots);
+    let grow = |need: u32, have: u32| need.saturating_add(need / 2).max(have);
+    let slots = need.slots.saturating_mul(4).max(have.slots);
     Capacity {
-        services: grow(need.services, 2, have.services),
+        services: grow(need.services, have.services),
         slots: slots.min(SetWord::MAX_SLOTS),
-        members: grow(need.members, 2, have.members),
-        frontends: grow(need.frontends, 2, have.frontends),
-        vips: grow(need.vips, 2, have.vips),
-        addresses: grow(need.addresses, 2, have.addresses),
+        members: grow(need.members, have.members),
+        frontends: grow(need.frontends, have.frontends),
+        vips: grow(need.vips, have.vips),
+        addresses: grow(need.addresses, have.addresses),
     }
 }

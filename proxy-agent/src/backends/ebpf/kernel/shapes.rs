@@ -52,20 +52,16 @@ pub fn entries_of(capacity: &Capacity, name: &str) -> u32 {
     }
 }
 
-/// Sizes for `need` entries: powers of two, and never so few that 1,000 changes a second, each of which takes new slots and
-/// perhaps a member, would wait for the grace period of the old ones.
+/// Sizes for `need` entries, which have their headroom already: never so few that 1,000 changes a second, each of which takes
+/// new slots and perhaps a member, would wait for the grace period of the old ones.
 pub fn sizes(need: &Capacity) -> Capacity {
-    let sized = |need: u32, least: u32| {
-        let wanted = need.max(least);
-        wanted.checked_next_power_of_two().unwrap_or(wanted)
-    };
     Capacity {
-        services: sized(need.services, 1 << 10),
-        slots: sized(need.slots, 1 << 16).min(proxy_ebpf::abi::SetWord::MAX_SLOTS),
-        members: sized(need.members, 1 << 14),
-        frontends: sized(need.frontends, 1 << 12),
-        vips: sized(need.vips, 1 << 10),
-        addresses: sized(need.addresses, 1 << 8),
+        services: need.services.max(1 << 10),
+        slots: need.slots.max(1 << 16),
+        members: need.members.max(1 << 14),
+        frontends: need.frontends.max(1 << 12),
+        vips: need.vips.max(1 << 10),
+        addresses: need.addresses.max(1 << 8),
     }
 }
 
@@ -159,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn small_clusters_get_small_maps_and_growth_is_by_powers_of_two() {
+    fn small_clusters_get_small_maps_and_large_ones_what_they_ask_for() {
         let small = sizes(&Capacity::default());
         assert_eq!(
             (small.services, small.slots, small.addresses),
@@ -171,7 +167,7 @@ mod tests {
             ..Capacity::default()
         };
         let sized = sizes(&need);
-        assert_eq!((sized.slots, sized.members), (131_072, 32_768));
+        assert_eq!((sized.slots, sized.members), (70_000, 20_000));
         assert!(holds(&sized, &need) && !holds(&small, &need));
     }
 

@@ -281,7 +281,7 @@ fn counters_survive_a_growth_of_services() {
         .unwrap();
     assert_eq!(
         (store.stats(2).datagrams, store.capacity().services),
-        (17, 8_192)
+        (17, 5_000)
     );
     assert_filled(&store);
 }
