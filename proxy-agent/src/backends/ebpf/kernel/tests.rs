@@ -206,6 +206,32 @@ fn a_fresh_node_gets_small_maps_and_every_hook() {
 
 #[test]
 #[ignore = "needs CAP_BPF"]
+fn entries_in_use_are_counted_to_the_end_of_a_map() {
+    let node = Node::new();
+    let mut store = node.published();
+    let used = |name: &str| {
+        let maps = node.view().pins.maps().unwrap();
+        let map = maps.into_iter().find(|map| map.name == name).unwrap();
+        (map.entries.unwrap(), map.capacity)
+    };
+    let (before, capacity) = used("SLOTS");
+    let slot = store.slot(7);
+    assert_ne!(slot, Slot::default());
+    for index in [8_191, 8_192, capacity - 1] {
+        store.write_slots(index, &[slot]);
+    }
+    assert_eq!(used("SLOTS"), (before + 3, capacity));
+    let (before, capacity) = used("MEMBERS");
+    let member = Member {
+        word: MemberWord::new(1, MemberWord::SERVING),
+        ..Member::default()
+    };
+    store.write_member(capacity - 1, &member);
+    assert_eq!(used("MEMBERS"), (before + 1, capacity));
+}
+
+#[test]
+#[ignore = "needs CAP_BPF"]
 fn a_restart_adopts_maps_and_links_and_writes_nothing() {
     let node = Node::new();
     drop(node.published());

@@ -13,8 +13,8 @@ use proxy_ebpf::abi::Plain;
 
 use super::{WORD, sys, word_of};
 
-/// Entries of a part: so many of any size are whole pages.
-const PART: u32 = 4096;
+/// Entries of a part: so many of any size are whole pages, also where a page has 64 KiB.
+const PART: u32 = 8192;
 
 /// A BPF_F_MMAPABLE array, mapped. All access is by whole words, each atomic.
 ///
