@@ -90,7 +90,8 @@ impl<'a> Ground<'a> {
         let save = ["iptables-save", "ip6tables-save"][usize::from(self.s.v6)];
         let rules = self.s.a.output(save, &["-c", "-t", "filter"])?;
         let rule = format!("-A KUBE-SERVICES -d {} ", cidr(self.s.v6));
-        let counted = rules.lines().find(|line| line.contains(&rule));
+        let drops = |line: &&str| line.contains(&rule) && line.ends_with("-j DROP");
+        let counted = rules.lines().find(drops);
         let counted = counted.with_context(|| format!("no {rule}in\n{rules}"))?;
         let count = counted.trim_start_matches('[').split(':').next();
         Ok(count.unwrap_or_default().parse()?)

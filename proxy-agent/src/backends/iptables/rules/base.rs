@@ -281,16 +281,21 @@ pub(in super::super) fn finish(
     }
 }
 
-/// Behind all that is refused, and so about nobody's addresses and unknown ports: a client's SYN is lost, and the next one
+/// Behind all that is refused, also at external addresses, and so about nobody's addresses and unknown ports: a client's SYN is lost, and the next one
 /// reaches the Service that has come meanwhile. An address that a link of this node has (NodeLocal DNSCache) is that link's.
 fn unallocated(rules: &Rules, family: Family, body: &mut Body) {
     let networks = rules.service_networks.iter().flatten();
     for network in networks.filter(|network| Family::of(network.addr()) == family) {
-        body.push(&Rule {
+        let of_network = |target| Rule {
             destination: is(*network),
             matches: &[Match::DestinationIsElsewhere],
+            ..Rule::new(family, target)
+        };
+        // A Service may write any address into its externalIPs, and FORWARD comes here first.
+        body.push(&of_network(Target::Jump(EXTERNAL_SERVICES)));
+        body.push(&Rule {
             comment: Some(format_args!("{UNALLOCATED}")),
-            ..Rule::new(family, Target::Drop)
+            ..of_network(Target::Drop)
         });
     }
 }

@@ -85,6 +85,24 @@ fn what_no_service_has_is_dropped_and_everything_else_goes_on() {
     }
 }
 
+/// It may write any address there.
+#[test]
+fn an_external_address_in_a_network_of_services_is_that_services() {
+    for family in FAMILIES {
+        let external = "203.0.113.1";
+        let address = IpNet::from(ip(family, external));
+        let network = address.supernet().unwrap();
+        let state = with_networks(&[&service(family, "web")], vec![network]);
+        let mut backend = holding(dropping(), &state);
+        assert_eq!(end(&backend, family, (external, 80)), texts(["rejected"]));
+        assert_eq!(end(&backend, family, (external, 81)), texts(["dropped"]));
+        let web = with_endpoints(service(family, "web"));
+        bring(&mut backend, &with_networks(&[&web], vec![network]));
+        let served = end(&backend, family, (external, 80));
+        assert!(served.iter().all(|end| end.contains(":8080")), "{served:?}");
+    }
+}
+
 #[test]
 fn a_service_that_comes_is_served_and_one_that_goes_is_dropped() {
     let family = Family::V4;
@@ -145,7 +163,7 @@ fn an_address_that_a_link_of_the_node_has_is_that_links() {
 }
 
 #[test]
-fn each_network_is_one_rule_behind_what_is_refused() {
+fn each_network_is_two_rules_behind_what_is_refused() {
     let state = with_networks(&[&service(Family::V4, "web")], networks());
     let mut backend = holding(dropping(), &state);
     let mut rules = |family| -> Vec<String> {
@@ -155,13 +173,15 @@ fn each_network_is_one_rule_behind_what_is_refused() {
             .filter(|line| line.starts_with("-A KUBE-SERVICES "));
         rules.map(str::to_owned).collect()
     };
-    let rule = |network: &str| {
-        format!(
-            "-A KUBE-SERVICES -d {network} -m addrtype ! --dst-type LOCAL -m comment --comment \"{UNALLOCATED}\" -j DROP"
-        )
+    let of_network = |network: &str| {
+        let packets = format!("-A KUBE-SERVICES -d {network} -m addrtype ! --dst-type LOCAL");
+        [
+            format!("{packets} -j KUBE-EXTERNAL-SERVICES"),
+            format!("{packets} -m comment --comment \"{UNALLOCATED}\" -j DROP"),
+        ]
     };
     let of_v4 = rules(Family::V4);
     assert!(of_v4[0].contains("has no endpoints"), "{of_v4:?}");
-    assert_eq!(of_v4[1..], [rule("10.96.0.0/16")]);
-    assert_eq!(rules(Family::V6), [rule("fd00:96::/112")]);
+    assert_eq!(of_v4[1..], of_network("10.96.0.0/16"));
+    assert_eq!(rules(Family::V6), of_network("fd00:96::/112"));
 }
