@@ -4,12 +4,16 @@
 //! two proxies has to be the same, but for what the table of differences ([`crate::flows::DIFFERENCES`]) says.
 
 mod chance;
+mod life;
 mod plan;
 mod questions;
 mod shrink;
 mod unallocated;
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 pub use questions::{Answer, Answers, Asked};
 pub use unallocated::serve_unallocated;
@@ -22,10 +26,7 @@ use crate::{
     peer::Transport,
 };
 
-const SERVICES: u8 = 6;
-const MOMENTS: usize = 3;
-
-/// The same Services at some moments, over the pods of a scenario, all of which serve [`crate::scenario::SOURCES`].
+/// Services at some moments, over the pods of a scenario, all of which serve [`crate::scenario::SOURCES`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct World {
     moments: Vec<Vec<Plan>>,
@@ -34,15 +35,9 @@ pub struct World {
 impl World {
     /// The world of a seed.
     pub fn new(seed: u64) -> Self {
-        let mut chance = Chance::new(seed);
-        let first = (1..=SERVICES).map(|number| Plan::new(number, &mut chance));
-        let mut moments: Vec<Vec<Plan>> = vec![first.collect()];
-        while let Some(last) = moments.last().filter(|_| moments.len() < MOMENTS) {
-            let next = last.iter().map(|plan| plan.changed(&mut chance));
-            let next = next.collect();
-            moments.push(next);
+        Self {
+            moments: life::moments(&mut Chance::new(seed)),
         }
-        Self { moments }
     }
 
     /// How many moments it has.
@@ -58,12 +53,18 @@ impl World {
             .collect()
     }
 
+    /// The names of the Services at one moment, and which of that name each is: with another number it was made again.
+    pub fn made(&self, moment: usize) -> BTreeMap<String, u8> {
+        let plans = self.moments[moment].iter();
+        plans.map(|plan| (plan.name(), plan.made)).collect()
+    }
+
     /// Asks everything at one moment: a pod of the node, the node itself, and a machine outside, side by side.
     ///
     /// # Errors
     /// A helper is gone, or an answer is none of those that there are.
     pub fn ask(&self, moment: usize, s: &Scenario, outsider: &Pod) -> anyhow::Result<Answers> {
-        questions::ask(&self.moments[moment], s, outsider)
+        questions::ask(self, moment, s, outsider)
     }
 
     /// The Services at each moment as YAML, for who looks for the cause.
@@ -73,7 +74,11 @@ impl World {
     pub fn to_yaml(&self, s: &Scenario) -> anyhow::Result<String> {
         let mut text = String::new();
         for moment in 0..self.moments() {
-            text.push_str(&format!("# moment {moment}\n"));
+            let made = self.made(moment);
+            let made = made.iter().map(|(name, made)| format!("{name} ({made})"));
+            let made = made.collect::<Vec<_>>().join(", ");
+            // A number that changes: it is deleted and made again.
+            text.push_str(&format!("# moment {moment}: {made}\n"));
             for service in self.services(moment, s) {
                 text.push_str(&service.to_yaml()?);
             }
@@ -214,7 +219,6 @@ mod tests {
         assert_eq!(World::new(7), World::new(7));
         assert_ne!(World::new(7), World::new(8));
         let world = World::new(7);
-        assert_eq!(world.moments(), MOMENTS);
         assert_ne!(world.moments[0], world.moments[1]);
     }
 

@@ -1,13 +1,19 @@
 //! What one random Service is, and what becomes of it over time.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use serde_json::json;
 
 use super::chance::Chance;
 use crate::{Endpoint, Pod, Scenario, Service, peer::Transport, scenario::SOURCES};
 
-const TRANSPORTS: [Transport; 3] = [Transport::Tcp, Transport::Udp, Transport::Sctp];
+/// All of them, served or not.
+pub(super) const TRANSPORTS: [Transport; 3] = [Transport::Tcp, Transport::Udp, Transport::Sctp];
+/// At which all Services listen.
+pub(super) const PORT: u16 = 80;
 /// Of the external address that several Services may claim.
 const SHARED: u8 = 50;
 
@@ -15,6 +21,12 @@ const SHARED: u8 = 50;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) number: u8,
+    /// How often it was made: one that was deleted comes back as another.
+    pub(super) made: u8,
+    /// Which of the ClusterIPs it has.
+    pub(super) address: u8,
+    /// Which of the node ports.
+    pub(super) ports: u8,
     /// In order; true is IPv6.
     pub(super) families: &'static [bool],
     pub(super) transports: &'static [Transport],
@@ -68,7 +80,7 @@ enum Hints {
 }
 
 impl Plan {
-    pub(super) fn new(number: u8, chance: &mut Chance) -> Self {
+    pub(super) fn new(number: u8, made: u8, address: u8, ports: u8, chance: &mut Chance) -> Self {
         const FAMILIES: [&[bool]; 4] = [&[false], &[true], &[false, true], &[true, false]];
         use Transport::{Sctp, Tcp, Udp};
         const SERVED: [&[Transport]; 5] =
@@ -78,6 +90,9 @@ impl Plan {
         let mode = if chance.one_in(5) { "Proxy" } else { "VIP" };
         let mut plan = Self {
             number,
+            made,
+            address,
+            ports,
             families: chance.of(&FAMILIES),
             transports: chance.of(&SERVED),
             has_node_ports,
@@ -160,12 +175,17 @@ impl Plan {
         }
     }
 
+    /// Those with another one are other Services, even of one name.
+    pub(super) fn identity(&self) -> (u8, u8) {
+        (self.number, self.made)
+    }
+
     pub(super) fn name(&self) -> String {
         format!("web-{}", self.number)
     }
 
     pub(super) fn vip(&self, v6: bool) -> IpAddr {
-        vip(self.number, v6)
+        vip(self.address, v6)
     }
 
     pub(super) fn node_port(&self, transport: Transport) -> u16 {
@@ -174,7 +194,7 @@ impl Plan {
             Transport::Udp => 1,
             Transport::Sctp => 2,
         };
-        30_100 + 4 * u16::from(self.number) + offset
+        30_100 + 4 * u16::from(self.ports) + offset
     }
 
     /// The external address that it has alone.
@@ -185,6 +205,34 @@ impl Plan {
     /// The one that others may claim, too.
     pub(super) fn shared(&self, v6: bool) -> Option<IpAddr> {
         self.claims_shared.then(|| nobodys(v6, SHARED))
+    }
+
+    /// All external addresses.
+    fn externals(&self, v6: bool, s: &Scenario) -> impl Iterator<Item = IpAddr> {
+        let node = self.claims_node.then(|| s.a.address(v6));
+        let all = [self.external(v6), self.shared(v6), node];
+        all.into_iter().flatten()
+    }
+
+    /// Where it may be found over these transports.
+    pub(super) fn places(
+        &self,
+        transports: &[Transport],
+        s: &Scenario,
+    ) -> BTreeSet<(SocketAddr, Transport)> {
+        let mut places = BTreeSet::new();
+        for &v6 in self.families {
+            let addresses = [self.vip(v6)].into_iter().chain(self.balancer(v6));
+            let addresses = addresses.chain(self.externals(v6, s));
+            let addresses: Vec<IpAddr> = addresses.collect();
+            for &transport in transports {
+                let at = addresses.iter().map(|&address| (address, PORT));
+                let node_port = self.has_node_ports.then(|| self.node_port(transport));
+                let at = at.chain(node_port.map(|port| (s.a.address(v6), port)));
+                places.extend(at.map(|to| (to.into(), transport)));
+            }
+        }
+        places
     }
 
     pub(super) fn balancer(&self, v6: bool) -> Option<IpAddr> {
@@ -208,7 +256,7 @@ impl Plan {
             service = service.port(
                 &transport.name().to_lowercase(),
                 transport.name(),
-                80,
+                PORT,
                 SOURCES,
             );
             if self.has_node_ports {
@@ -220,12 +268,7 @@ impl Plan {
                 service = service.load_balancer(address, mode);
             }
         }
-        let external = families.clone().flat_map(|v6| {
-            let node = self.claims_node.then(|| s.a.address(v6));
-            [self.external(v6), self.shared(v6), node]
-                .into_iter()
-                .flatten()
-        });
+        let external = families.clone().flat_map(|v6| self.externals(v6, s));
         let external: Vec<IpAddr> = external.collect();
         if !external.is_empty() {
             service = service.spec("externalIPs", json!(external));
@@ -282,17 +325,12 @@ impl PlannedEndpoint {
     }
 }
 
-/// The ClusterIP of a Service.
-pub(super) fn vip(number: u8, v6: bool) -> IpAddr {
+/// One of the ClusterIPs.
+pub(super) fn vip(address: u8, v6: bool) -> IpAddr {
     match v6 {
-        true => Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x100 + u16::from(number)).into(),
-        false => Ipv4Addr::new(10, 96, 1, number).into(),
+        true => Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x100 + u16::from(address)).into(),
+        false => Ipv4Addr::new(10, 96, 1, address).into(),
     }
-}
-
-/// All transports, served or not.
-pub(super) fn transports() -> impl Iterator<Item = Transport> {
-    TRANSPORTS.into_iter()
 }
 
 fn nobodys(v6: bool, last: u8) -> IpAddr {

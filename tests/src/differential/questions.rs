@@ -9,7 +9,8 @@ use std::{
 use anyhow::{Context, bail};
 
 use super::{
-    plan::{Plan, transports},
+    World,
+    plan::{PORT, Plan, TRANSPORTS},
     unallocated,
 };
 use crate::{
@@ -33,7 +34,7 @@ pub struct Asked {
     pub own: Vec<IpAddr>,
     /// Of which Service.
     pub service: String,
-    /// What it is asked at; none: an address of the ServiceCIDRs that no Service has.
+    /// What it is asked at; none: what no Service has at the moment.
     pub target: Option<Target>,
     /// Where.
     pub to: SocketAddr,
@@ -90,6 +91,11 @@ impl fmt::Display for Asked {
 }
 
 impl Asked {
+    /// Whether somebody answers there if no proxy prevents it, as [`super::serve_unallocated`] has it.
+    pub fn is_served_elsewhere(&self) -> bool {
+        self.to.ip() == unallocated::address(self.to.is_ipv6())
+    }
+
     fn question(&self) -> Question {
         let Self {
             service,
@@ -107,27 +113,36 @@ impl Asked {
     }
 }
 
-/// Everything that these Services can be asked, by one client.
-fn questions(plans: &[Plan], client: Client, s: &Scenario, outsider: &Pod) -> Vec<Asked> {
+/// Everything that these Services can be asked, by one client, and what is nobody's.
+fn questions(moment: &Moment, client: Client, s: &Scenario, outsider: &Pod) -> Vec<Asked> {
+    let Moment { plans, left } = moment;
     let own = [false, true]
         .map(|v6| own_addresses(client, v6, s, outsider))
         .concat();
     plans
         .iter()
         .flat_map(|plan| of_one(plan, plans, client, &own, s))
-        .chain(of_nobody(client, &own))
+        .chain(of_nobody(left, client, &own))
         .collect()
 }
 
-fn of_nobody(client: Client, own: &[IpAddr]) -> impl Iterator<Item = Asked> {
-    let families = [false, true].into_iter();
-    let all = families.flat_map(|v6| transports().map(move |transport| (v6, transport)));
-    all.map(move |(v6, transport)| Asked {
+/// At addresses of the ServiceCIDRs that no Service ever has, and at what Services had or will have.
+fn of_nobody(
+    left: &BTreeSet<(SocketAddr, Transport)>,
+    client: Client,
+    own: &[IpAddr],
+) -> impl Iterator<Item = Asked> {
+    let never = [false, true].map(|v6| {
+        let to = (unallocated::address(v6), SOURCES).into();
+        TRANSPORTS.map(|transport| (to, transport))
+    });
+    let all = never.concat().into_iter().chain(left.iter().copied());
+    all.map(move |(to, transport)| Asked {
         client,
         own: own.to_vec(),
         service: "none".to_owned(),
         target: None,
-        to: (unallocated::address(v6), SOURCES).into(),
+        to,
         transport,
         is_frontend: false,
         has_ranges: false,
@@ -141,7 +156,7 @@ fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scena
     let candidates: BTreeSet<String> = candidates.collect();
     let mut found = Vec::new();
     for &v6 in plan.families {
-        for transport in transports() {
+        for transport in TRANSPORTS {
             let is_served = plan.transports.contains(&transport);
             let mut ask = |target, address: IpAddr, port: u16, is_frontend| {
                 let is_sticky = plan.is_sticky && is_frontend && !candidates.is_empty();
@@ -159,7 +174,7 @@ fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scena
                 });
             };
             let is_own = |mode| mode == Some("VIP");
-            ask(Target::ClusterIp, plan.vip(v6), 80, is_served);
+            ask(Target::ClusterIp, plan.vip(v6), PORT, is_served);
             ask(Target::ClusterIp, plan.vip(v6), WRONG_PORT, false);
             if plan.has_node_ports {
                 let port = plan.node_port(transport);
@@ -167,20 +182,20 @@ fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scena
             }
             let node = plan.claims_node.then(|| s.a.address(v6));
             for address in [plan.external(v6), node].into_iter().flatten() {
-                ask(Target::ExternalIp, address, 80, is_served);
+                ask(Target::ExternalIp, address, PORT, is_served);
                 ask(Target::ExternalIp, address, WRONG_PORT, false);
             }
             if let Some(address) = plan.balancer(v6) {
                 let is_frontend = is_served && is_own(plan.balancer);
-                ask(Target::LoadBalancer, address, 80, is_frontend);
+                ask(Target::LoadBalancer, address, PORT, is_frontend);
                 ask(Target::LoadBalancer, address, WRONG_PORT, false);
             }
             if let Some(shared) = plan.shared(v6)
                 && is_served
                 && is_owner(plan, plans, v6, transport)
             {
-                ask(Target::ExternalIp, shared, 80, true);
-                let own = plan.external(v6).map(|own| (own, 80).into());
+                ask(Target::ExternalIp, shared, PORT, true);
+                let own = plan.external(v6).map(|own| (own, PORT).into());
                 if let Some(last) = found.last_mut() {
                     last.owns_alone = own;
                 }
@@ -195,12 +210,41 @@ fn is_owner(plan: &Plan, plans: &[Plan], v6: bool, transport: Transport) -> bool
     let claims = |other: &&Plan| {
         other.claims_shared && other.families.contains(&v6) && other.transports.contains(&transport)
     };
-    let oldest = plans.iter().filter(claims).map(|other| other.number).min();
-    oldest == Some(plan.number)
+    plans.iter().find(claims) == Some(plan)
+}
+
+/// What there is to ask at one moment.
+struct Moment {
+    /// The oldest first.
+    plans: Vec<Plan>,
+    /// What Services have at other moments, and nobody has at this one.
+    left: BTreeSet<(SocketAddr, Transport)>,
+}
+
+impl Moment {
+    fn new(world: &World, moment: usize, s: &Scenario) -> Self {
+        let plans = world.by_age(moment);
+        let others = world.others(moment);
+        let mut left: BTreeSet<_> = others
+            .flat_map(|plan| plan.places(plan.transports, s))
+            .collect();
+        for plan in &plans {
+            for place in plan.places(&TRANSPORTS, s) {
+                left.remove(&place);
+            }
+        }
+        Self { plans, left }
+    }
 }
 
 /// Asks everything: a pod of the node, the node itself, and a machine outside, side by side.
-pub(super) fn ask(plans: &[Plan], s: &Scenario, outsider: &Pod) -> anyhow::Result<Answers> {
+pub(super) fn ask(
+    world: &World,
+    moment: usize,
+    s: &Scenario,
+    outsider: &Pod,
+) -> anyhow::Result<Answers> {
+    let moment = Moment::new(world, moment, s);
     let clients = [
         (Client::Pod, s.client.peer()?),
         (Client::Node, s.a.peer()?),
@@ -208,7 +252,7 @@ pub(super) fn ask(plans: &[Plan], s: &Scenario, outsider: &Pod) -> anyhow::Resul
     ];
     std::thread::scope(|scope| {
         let asking = clients.map(|(client, peer)| {
-            let asked = questions(plans, client, s, outsider);
+            let asked = questions(&moment, client, s, outsider);
             scope.spawn(move || -> anyhow::Result<Vec<(Asked, Heard)>> {
                 let heard = peer.survey(asked.iter().map(Asked::question).collect(), OFTEN)?;
                 Ok(asked.into_iter().zip(heard).collect())

@@ -1,5 +1,7 @@
 //! A smaller world that still fails.
 
+use std::collections::BTreeSet;
+
 use super::World;
 
 impl World {
@@ -25,11 +27,12 @@ impl World {
                 found.push(world);
             }
         }
-        let services = self.moments.first().map_or(0, Vec::len);
-        for service in (0..services).filter(|_| services > 1) {
+        let plans = self.moments.iter().flatten();
+        let numbers: BTreeSet<u8> = plans.map(|plan| plan.number).collect();
+        for number in numbers.iter().filter(|_| numbers.len() > 1) {
             let mut world = self.clone();
             for plans in &mut world.moments {
-                plans.remove(service);
+                plans.retain(|plan| plan.number != *number);
             }
             found.push(world);
         }

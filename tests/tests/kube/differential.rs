@@ -4,7 +4,8 @@
 //! with others. What differs is shrunk before it is printed.
 
 use std::{
-    env,
+    collections::BTreeMap,
+    env, mem,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
@@ -31,14 +32,14 @@ struct Trial<'a> {
     outsider: Pod,
     /// How often the Service that shows who has seen what was changed.
     marks: u16,
+    /// The world's Services that there are, as [`World::made`] has them.
+    made: BTreeMap<String, u8>,
 }
 
 impl Trial<'_> {
     /// Brings the world to a moment, and waits until whoever serves the node has seen all of it.
     fn apply(&mut self, world: &World, moment: usize) -> anyhow::Result<()> {
-        self.c
-            .control
-            .apply_all(&world.services(moment, &self.c.scenario))?;
+        self.change(world, moment)?;
         self.marks += 1;
         let s = &self.c.scenario;
         // Services and slices come by two ways, and each family and layer is written by itself: a mark in all of them.
@@ -68,6 +69,18 @@ impl Trial<'_> {
         Ok(())
     }
 
+    /// Brings the world to a moment: whoever has to go gives way first.
+    fn change(&mut self, world: &World, moment: usize) -> anyhow::Result<()> {
+        let made = world.made(moment);
+        let before = mem::replace(&mut self.made, made.clone());
+        let is_gone = |(name, number): &(String, u8)| made.get(name) != Some(number);
+        for (name, _) in before.into_iter().filter(is_gone) {
+            self.c.control.delete(&name)?;
+        }
+        let services = world.services(moment, &self.c.scenario);
+        self.c.control.apply_all(&services)
+    }
+
     /// Asks everything. A UDP flow of an earlier round, whose port a socket gets again, would go where that went.
     fn ask(&self, world: &World, moment: usize) -> anyhow::Result<Answers> {
         self.c.scenario.a.output("conntrack", &["--flush"])?;
@@ -82,11 +95,10 @@ impl Trial<'_> {
     }
 
     /// All questions at all moments: kube-proxy goes through them from the first to the last, the agent from there back.
-    fn compare(&mut self, world: &World, mode: Mode, own: &str) -> anyhow::Result<Vec<String>> {
+    fn ask_both(&mut self, world: &World, mode: Mode, own: &str) -> anyhow::Result<Vec<String>> {
         let node = self.c.scenario.a.clone();
         let config = json!({"mode": own});
-        let services = world.services(0, &self.c.scenario);
-        self.c.control.apply_all(&services)?;
+        self.change(world, 0)?;
         let kube_proxy = KubeProxy::start_sharing(&self.c.control, &node, mode, config)?;
         let mut its = Vec::new();
         for moment in 0..world.moments() {
@@ -115,16 +127,32 @@ impl Trial<'_> {
                     .map(|it| format!("moment {moment}, {it}")),
             );
         }
-        self.c.scenario.agent.stop()?;
-        self.c.scenario.agent.text(&["cleanup"])?;
-        for service in world.services(0, &self.c.scenario) {
-            self.c.control.delete(service.name())?;
-        }
         Ok(found)
     }
 
+    /// Leaves nothing of a world, whatever became of it.
+    fn clear(&mut self) -> anyhow::Result<()> {
+        let agent = &mut self.c.scenario.agent;
+        if agent.pid().is_ok() {
+            agent.stop()?;
+        }
+        agent.text(&["cleanup"])?;
+        let names = mem::take(&mut self.made).into_keys();
+        // One that was not made after all keeps no other.
+        let deleted = names.map(|name| self.c.control.delete(&name));
+        deleted.collect::<Vec<_>>().into_iter().collect()
+    }
+
+    fn compare(&mut self, world: &World, mode: Mode, own: &str) -> anyhow::Result<Vec<String>> {
+        let found = self.ask_both(world, mode, own);
+        let cleared = self.clear();
+        let found = found?;
+        cleared.map(|()| found)
+    }
+
     fn assert_same(&mut self, world: World, mode: Mode, own: &str) -> anyhow::Result<()> {
-        let found = self.compare(&world, mode, own)?;
+        let yaml = world.to_yaml(&self.c.scenario)?;
+        let found = self.compare(&world, mode, own).context(yaml)?;
         if found.is_empty() {
             return Ok(());
         }
@@ -135,7 +163,10 @@ impl Trial<'_> {
             if Instant::now() > end {
                 return false;
             }
-            let found = self.compare(world, mode, own).unwrap_or_default();
+            let found = self.compare(world, mode, own).unwrap_or_else(|error| {
+                println!("not tried: {error:?}");
+                Vec::new()
+            });
             let fails = !found.is_empty();
             if fails {
                 last = found;
@@ -148,7 +179,9 @@ impl Trial<'_> {
 
 /// What no Service has in the ServiceCIDRs is answered elsewhere, unless kube-proxy drops it.
 fn ensure_way_to_nobody(answers: &Answers, mode: Mode) -> anyhow::Result<()> {
-    let nobodys = answers.values().filter(|(asked, _)| asked.target.is_none());
+    let nobodys = answers
+        .values()
+        .filter(|(asked, _)| asked.is_served_elsewhere());
     let other = nobodys.filter(|(_, answer)| match mode {
         Mode::Nftables => *answer != Answer::Silent,
         Mode::Iptables(_) => !matches!(answer, Answer::Served { .. }),
@@ -176,6 +209,7 @@ fn answers_are_the_same(seed: u64, pairs: [(Mode, &str); 2]) {
             outsider,
             c,
             marks: 0,
+            made: BTreeMap::new(),
         };
         for (mode, own) in pairs {
             let done = trial.assert_same(World::new(seed), mode, own);
