@@ -4,6 +4,7 @@
 //! two proxies has to be the same, but for what the table of differences ([`crate::flows::DIFFERENCES`]) says.
 
 mod chance;
+mod claims;
 mod life;
 mod plan;
 mod questions;
@@ -97,6 +98,8 @@ pub struct Met<'a> {
     mode: Mode,
     /// All that it answered.
     its: &'a Answers,
+    /// What it answered where nobody claimed the ClusterIP of another, if somebody does.
+    undisputed: &'a Answers,
     /// What the agent answered.
     ours: &'a Answer,
 }
@@ -149,8 +152,13 @@ impl Met<'_> {
             && (self.is_to_cluster_ip() && !is_frontend || leaves_node && *is_frontend)
     }
 
-    /// What kube-proxy answers where the Service that has the address here is asked at one that nobody else claims.
-    pub fn at_owners_own_address(&self) -> Option<Answer> {
+    /// What kube-proxy answers where nobody disputes it: at a ClusterIP without the other claims, and else at an address that
+    /// the Service that has this one here has alone.
+    pub fn undisputed(&self) -> Option<Answer> {
+        if self.asked.is_disputed {
+            let (_, answer) = self.undisputed.get(&self.asked.to_string())?;
+            return Some(answer.clone());
+        }
         let to = self.asked.owns_alone?;
         let own = Asked {
             to,
@@ -181,7 +189,9 @@ pub struct Comparison {
 
 impl Comparison {
     /// Every question that the agent answers otherwise than kube-proxy and the table of differences say.
-    pub fn differences(self, its: &Answers, ours: &Answers) -> Vec<String> {
+    ///
+    /// `undisputed` is what kube-proxy answers in [`World::undisputed`], if there is such a world.
+    pub fn differences(self, its: &Answers, undisputed: &Answers, ours: &Answers) -> Vec<String> {
         let mut found = Vec::new();
         for (question, (asked, ours)) in ours {
             let Some((_, answer)) = its.get(question) else {
@@ -193,6 +203,7 @@ impl Comparison {
                 has_sockets: self.has_sockets,
                 mode: self.mode,
                 its,
+                undisputed,
                 ours,
             };
             let differences = DIFFERENCES.iter().filter_map(|it| it.answers);
@@ -245,6 +256,7 @@ mod tests {
             has_ranges: false,
             sticks_to_one_of: None,
             owns_alone: None,
+            is_disputed: false,
         }
     }
 
@@ -252,7 +264,7 @@ mod tests {
         let answers = |answer| Answers::from([(asked.to_string(), (asked.clone(), answer))]);
         let comparison = Comparison { has_sockets, mode };
         comparison
-            .differences(&answers(its), &answers(ours))
+            .differences(&answers(its), &Answers::new(), &answers(ours))
             .is_empty()
     }
 
@@ -341,10 +353,29 @@ mod tests {
         let its = answers(served("far", OWN));
         assert!(
             comparison
-                .differences(&its, &answers(served("near", OWN)))
+                .differences(&its, &Answers::new(), &answers(served("near", OWN)))
                 .is_empty()
         );
-        assert!(!comparison.differences(&its, &its).is_empty());
+        assert!(
+            !comparison
+                .differences(&its, &Answers::new(), &its)
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn who_has_a_disputed_cluster_ip_is_served_there_as_if_nobody_else_claimed_it() {
+        let mut disputed = asked(Client::Pod, Target::ClusterIp, "10.96.1.5:80");
+        disputed.is_disputed = true;
+        let answers = |answer| Answers::from([(disputed.to_string(), (disputed.clone(), answer))]);
+        let comparison = Comparison {
+            has_sockets: false,
+            mode: IPTABLES,
+        };
+        let (its, undisputed) = (answers(served("far", OWN)), answers(served("near", OWN)));
+        let differences = |ours| comparison.differences(&its, &undisputed, ours);
+        assert!(differences(&undisputed).is_empty());
+        assert!(!differences(&its).is_empty());
     }
 
     #[test]

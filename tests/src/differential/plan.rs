@@ -8,7 +8,7 @@ use std::{
 use serde_json::json;
 
 use super::chance::Chance;
-use crate::{Endpoint, Pod, Scenario, Service, peer::Transport, scenario::SOURCES};
+use crate::{Endpoint, Pod, Scenario, Service, flows::Target, peer::Transport, scenario::SOURCES};
 
 /// All of them, served or not.
 pub(super) const TRANSPORTS: [Transport; 3] = [Transport::Tcp, Transport::Udp, Transport::Sctp];
@@ -16,6 +16,10 @@ pub(super) const TRANSPORTS: [Transport; 3] = [Transport::Tcp, Transport::Udp, T
 pub(super) const PORT: u16 = 80;
 /// Of the external address that several Services may claim.
 const SHARED: u8 = 50;
+
+/// Which Services may claim a ClusterIP, each the one this far behind its own number.
+const CLAIMANTS: [u8; 2] = [2, 3];
+const CLAIMED: u8 = 3;
 
 /// One Service at one time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +42,8 @@ pub(super) struct Plan {
     pub(super) claims_shared: bool,
     /// Also at the node's own address as an external one.
     pub(super) claims_node: bool,
+    /// Also at an address that is a ClusterIP, of another Service if one has it: as its external or its load balancer's one.
+    pub(super) claims_cluster_ip: Option<Target>,
     pub(super) ranges: Option<&'static [&'static str]>,
     internal_local: bool,
     external_local: bool,
@@ -100,6 +106,7 @@ impl Plan {
             is_external: false,
             claims_shared: false,
             claims_node: false,
+            claims_cluster_ip: None,
             ranges: None,
             internal_local: false,
             external_local: false,
@@ -137,9 +144,15 @@ impl Plan {
         self.claims_shared = self.is_external && chance.one_in(2);
         // One Service at most: of two, nobody else tells which is served there.
         self.claims_node = self.number == 1 && chance.one_in(2);
+        // Two at most, each another one: of two claimants of one, nobody else tells which is served there.
+        let claims_cluster_ip = CLAIMANTS.contains(&self.number) && chance.one_in(2);
+        let target = match self.balancer {
+            Some(_) if chance.one_in(2) => Target::LoadBalancer,
+            _ => Target::ExternalIp,
+        };
+        self.claims_cluster_ip = claims_cluster_ip.then_some(target);
         self.internal_local = chance.one_in(3);
-        let is_reached = self.has_node_ports || self.is_external || self.claims_node;
-        self.external_local = is_reached && chance.one_in(2);
+        self.external_local = chance.one_in(2);
         self.is_sticky = chance.one_in(4);
         let distributions = ["PreferClose", "PreferSameZone", "PreferSameNode"];
         let is_distributed = chance.one_in(4);
@@ -210,8 +223,34 @@ impl Plan {
     /// All external addresses.
     fn externals(&self, v6: bool, s: &Scenario) -> impl Iterator<Item = IpAddr> {
         let node = self.claims_node.then(|| s.a.address(v6));
-        let all = [self.external(v6), self.shared(v6), node];
+        let claimed = self.claimed_as(Target::ExternalIp, v6);
+        let all = [self.external(v6), self.shared(v6), node, claimed];
         all.into_iter().flatten()
+    }
+
+    /// All addresses of the load balancer.
+    fn balancers(&self, v6: bool) -> impl Iterator<Item = IpAddr> {
+        let claimed = self.claimed_as(Target::LoadBalancer, v6);
+        [self.balancer(v6), claimed].into_iter().flatten()
+    }
+
+    fn claimed_as(&self, wanted: Target, v6: bool) -> Option<IpAddr> {
+        let (_, address, _) = self.claimed(v6).filter(|(target, ..)| *target == wanted)?;
+        Some(address)
+    }
+
+    /// The ClusterIP that it claims, as what, and whether it is served there if nobody else is. Not its own.
+    pub(super) fn claimed(&self, v6: bool) -> Option<(Target, IpAddr, bool)> {
+        let target = self.claims_cluster_ip?;
+        let address = self.number + CLAIMED;
+        let is_frontend = target == Target::ExternalIp || self.balancer == Some("VIP");
+        (address != self.address).then(|| (target, vip(address, v6), is_frontend))
+    }
+
+    /// In which families and over which transports it is served.
+    pub(super) fn served(&self) -> impl Iterator<Item = (bool, Transport)> {
+        let families = self.families.iter();
+        families.flat_map(|v6| self.transports.iter().map(|transport| (*v6, *transport)))
     }
 
     /// Where it may be found over these transports.
@@ -222,7 +261,7 @@ impl Plan {
     ) -> BTreeSet<(SocketAddr, Transport)> {
         let mut places = BTreeSet::new();
         for &v6 in self.families {
-            let addresses = [self.vip(v6)].into_iter().chain(self.balancer(v6));
+            let addresses = [self.vip(v6)].into_iter().chain(self.balancers(v6));
             let addresses = addresses.chain(self.externals(v6, s));
             let addresses: Vec<IpAddr> = addresses.collect();
             for &transport in transports {
@@ -264,12 +303,14 @@ impl Plan {
             }
         }
         for v6 in families.clone() {
-            if let (Some(address), Some(mode)) = (self.balancer(v6), self.balancer) {
-                service = service.load_balancer(address, mode);
+            for address in self.balancers(v6) {
+                service = service.load_balancer(address, self.balancer.unwrap_or_default());
             }
         }
         let external = families.clone().flat_map(|v6| self.externals(v6, s));
         let external: Vec<IpAddr> = external.collect();
+        // What nobody outside reaches has no such policy.
+        let external_local = self.external_local && (self.has_node_ports || !external.is_empty());
         if !external.is_empty() {
             service = service.spec("externalIPs", json!(external));
         }
@@ -279,7 +320,7 @@ impl Plan {
         if self.internal_local {
             service = service.spec("internalTrafficPolicy", "Local");
         }
-        if self.external_local {
+        if external_local {
             service = service.spec("externalTrafficPolicy", "Local");
             if self.balancer.is_some() {
                 service = service.spec("healthCheckNodePort", 31_000 + u16::from(self.number));

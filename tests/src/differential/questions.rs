@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 
 use super::{
     World,
+    claims::{is_disputed, is_owner, owner},
     plan::{PORT, Plan, TRANSPORTS},
     unallocated,
 };
@@ -48,6 +49,8 @@ pub struct Asked {
     pub sticks_to_one_of: Option<BTreeSet<String>>,
     /// Where the same Service is asked at an address that nobody else claims, if others claim this one.
     pub owns_alone: Option<SocketAddr>,
+    /// It is the Service's ClusterIP, and others are served there, too.
+    pub is_disputed: bool,
 }
 
 /// What comes back.
@@ -148,6 +151,7 @@ fn of_nobody(
         has_ranges: false,
         sticks_to_one_of: None,
         owns_alone: None,
+        is_disputed: false,
     })
 }
 
@@ -171,10 +175,16 @@ fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scena
                     has_ranges: plan.ranges.is_some() && target == Target::LoadBalancer,
                     sticks_to_one_of: is_sticky.then(|| candidates.clone()),
                     owns_alone: None,
+                    is_disputed: target == Target::ClusterIp
+                        && is_frontend
+                        && is_disputed(plan, plans, v6, transport),
                 });
             };
             let is_own = |mode| mode == Some("VIP");
-            ask(Target::ClusterIp, plan.vip(v6), PORT, is_served);
+            // What only another serves there, that one is asked for.
+            if is_served || !is_disputed(plan, plans, v6, transport) {
+                ask(Target::ClusterIp, plan.vip(v6), PORT, is_served);
+            }
             ask(Target::ClusterIp, plan.vip(v6), WRONG_PORT, false);
             if plan.has_node_ports {
                 let port = plan.node_port(transport);
@@ -190,6 +200,17 @@ fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scena
                 ask(Target::LoadBalancer, address, PORT, is_frontend);
                 ask(Target::LoadBalancer, address, WRONG_PORT, false);
             }
+            if let Some((target, address, is_frontend)) = plan.claimed(v6) {
+                let is_frontend = is_frontend && is_served;
+                match owner(address, plans) {
+                    Some(owner) if !is_frontend || owner.transports.contains(&transport) => {}
+                    Some(_) => ask(target, address, PORT, true),
+                    None => {
+                        ask(target, address, PORT, is_frontend);
+                        ask(target, address, WRONG_PORT, false);
+                    }
+                }
+            }
             if let Some(shared) = plan.shared(v6)
                 && is_served
                 && is_owner(plan, plans, v6, transport)
@@ -203,14 +224,6 @@ fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scena
         }
     }
     found
-}
-
-/// Whether it is the oldest of those that claim the shared address.
-fn is_owner(plan: &Plan, plans: &[Plan], v6: bool, transport: Transport) -> bool {
-    let claims = |other: &&Plan| {
-        other.claims_shared && other.families.contains(&v6) && other.transports.contains(&transport)
-    };
-    plans.iter().find(claims) == Some(plan)
 }
 
 /// What there is to ask at one moment.

@@ -38,8 +38,7 @@ pub const DIFFERENCES: &[Difference] = &[
         kube_proxy: "the last one written wins",
         here: "a ClusterIP beats other claims, then the oldest Service; the loser is reported",
         changes: None,
-        // As the owner is served at an address that nobody else claims.
-        answers: Some(|met, answer| met.at_owners_own_address().unwrap_or(answer)),
+        answers: Some(|met, answer| met.undisputed().unwrap_or(answer)),
     },
     Difference {
         what: "kube-proxy's mode nftables: an unknown port of a ClusterIP, and an external address without endpoints from the node itself",

@@ -105,7 +105,14 @@ impl Trial<'_> {
             self.apply(world, moment)?;
             let answers = self.ask(world, moment)?;
             ensure_way_to_nobody(&answers, mode)?;
-            its.push(answers);
+            let undisputed = match world.undisputed(moment) {
+                Some(world) => {
+                    self.apply(&world, moment)?;
+                    self.ask(&world, moment)?
+                }
+                None => Answers::new(),
+            };
+            its.push((answers, undisputed));
         }
         let agent = &mut self.c.scenario.agent;
         agent.read_config(kube_proxy.config());
@@ -120,7 +127,8 @@ impl Trial<'_> {
                 has_sockets: own == "ebpf",
                 mode,
             };
-            let differences = comparison.differences(&its[moment], &ours);
+            let (its, undisputed) = &its[moment];
+            let differences = comparison.differences(its, undisputed, &ours);
             found.extend(
                 differences
                     .iter()
