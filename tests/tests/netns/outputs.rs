@@ -137,6 +137,7 @@ fn explain_says_where_a_connection_goes_and_why() {
 fn plan_and_check_tell_drift_from_its_absence() {
     in_family("plan", false, &[], |s| {
         s.apply(&s.service("web", 1).endpoint(s.endpoint(&s.near)))?;
+        s.settle_packets()?;
         let manifests = s.manifests.dir().to_string_lossy().into_owned();
         let code = |s: &Scenario, verb: &str| -> anyhow::Result<(Option<i32>, String)> {
             let output = s.agent.run(&[verb, "--manifests", &manifests])?;
