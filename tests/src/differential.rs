@@ -16,6 +16,7 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
 pub use questions::{Answer, Answers, Asked};
 pub use unallocated::serve_unallocated;
 
@@ -23,7 +24,7 @@ use self::{chance::Chance, plan::Plan};
 use crate::{
     Pod, Scenario, Service,
     flows::{Client, DIFFERENCES, Target},
-    kube::Mode,
+    kube::{Mode, SERVICE_NETWORKS},
     peer::Transport,
 };
 
@@ -145,6 +146,9 @@ impl Met<'_> {
             ..
         } = self.asked;
         let is_external = matches!(target, Some(Target::ExternalIp | Target::LoadBalancer));
+        // What goes there is looked at whoever sends it.
+        let is_in = |network: &str| network.parse().is_ok_and(|it: IpNet| it.contains(&to.ip()));
+        let is_external = is_external && !SERVICE_NETWORKS.into_iter().any(is_in);
         let leaves_node = *client == Client::Node && is_external && !own.contains(&to.ip());
         let its = self.its.get(&self.asked.to_string());
         self.mode == Mode::Nftables
@@ -327,6 +331,17 @@ mod tests {
             Answer::Refused,
             Answer::Silent
         ));
+        // Of the ServiceCIDRs.
+        let inside = asked(Client::Node, Target::ExternalIp, "10.96.1.5:80");
+        let its = Answer::Refused;
+        assert!(agree(
+            Mode::Nftables,
+            false,
+            &inside,
+            its.clone(),
+            its.clone()
+        ));
+        assert!(!agree(Mode::Nftables, false, &inside, its, Answer::Silent));
         assert!(!agree(
             IPTABLES,
             false,

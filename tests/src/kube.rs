@@ -19,7 +19,7 @@ use std::{
 use anyhow::{Context, bail};
 
 pub use access::Server;
-pub use control::{ControlPlane, KUBE_PROXY, NOBODY};
+pub use control::{ControlPlane, KUBE_PROXY, NOBODY, SERVICE_NETWORKS};
 pub use machine::Machine;
 pub use proxy::{KubeProxy, Mode, Periods, Variant};
 

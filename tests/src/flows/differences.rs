@@ -41,7 +41,7 @@ pub const DIFFERENCES: &[Difference] = &[
         answers: Some(|met, answer| met.undisputed().unwrap_or(answer)),
     },
     Difference {
-        what: "kube-proxy's mode nftables: an unknown port of a ClusterIP, and an external address without endpoints from the node itself",
+        what: "kube-proxy's mode nftables: an unknown port of a ClusterIP, and an external address outside the ServiceCIDRs, without endpoints, from the node itself",
         kube_proxy: "rejected, unlike in its mode iptables",
         here: "rules drop the one, as all that no Service has in the ServiceCIDRs, and let the other go as in its mode iptables",
         changes: None,

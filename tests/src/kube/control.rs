@@ -23,6 +23,8 @@ use crate::{Node, Place, Service, Topology, topology::SWITCH, wait_for};
 pub const KUBE_PROXY: &str = "kube-proxy";
 /// Token of a user without rights.
 pub const NOBODY: &str = "nobody";
+/// The networks that ClusterIPs are taken from.
+pub const SERVICE_NETWORKS: [&str; 2] = ["10.96.0.0/12", "fd00:10:96::/112"];
 /// A start takes three seconds on a quiet machine.
 const START: Duration = Duration::from_secs(120);
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
@@ -33,8 +35,7 @@ const SERVICE_CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
 
 /// A control plane without controllers: what is applied stays as it is.
 ///
-/// ClusterIPs are 10.96.0.0/12 and `fd00:10:96::/112`, of which 10.96.0.1 belongs to `default/kubernetes`; node ports are
-/// 20000 to 32767.
+/// ClusterIPs are of [`SERVICE_NETWORKS`], of which 10.96.0.1 belongs to `default/kubernetes`; node ports are 20000 to 32767.
 #[derive(Debug)]
 pub struct ControlPlane {
     pub(super) client: Client,
@@ -123,10 +124,7 @@ impl ControlPlane {
                 .args(["--token-auth-file", &file("tokens")])
                 .args(["--client-ca-file", &file("ca.crt")])
                 .args(["--authorization-mode", "RBAC"])
-                .args([
-                    "--service-cluster-ip-range",
-                    "10.96.0.0/12,fd00:10:96::/112",
-                ])
+                .args(["--service-cluster-ip-range", &SERVICE_NETWORKS.join(",")])
                 .args(["--service-node-port-range", "20000-32767"])
                 // As kubeadm has it.
                 .arg("--allow-privileged")

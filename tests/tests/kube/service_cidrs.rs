@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::ensure;
 use proxy_tests::{
-    kube::{KUBE_PROXY, NOBODY, Variant},
+    kube::{KUBE_PROXY, NOBODY, SERVICE_NETWORKS, Variant},
     scenario::SOON,
     wait_for,
 };
@@ -12,8 +12,8 @@ use proxy_tests::{
 use crate::cluster::Cluster;
 
 const ARGS: [&str; 2] = ["--proxy-mode", "nftables"];
-/// Those that the API server makes of its own arguments.
-const FIRST: [&str; 2] = ["10.96.0.0/12", "fd00:10:96::/112"];
+/// The API server makes them of its own arguments.
+const FIRST: [&str; 2] = SERVICE_NETWORKS;
 const MORE: [&str; 2] = ["10.200.0.0/16", "fd00:10:200::/112"];
 /// The longest wait between two tries, and some.
 const RECOVERY: Duration = Duration::from_secs(120);
