@@ -155,11 +155,11 @@ impl Cleaner {
             .clone()
             .map(|(port, service)| (port.clone(), without_backends(service)));
         self.known = known.collect();
-        let gone = std::mem::take(&mut self.waiting);
+        let earlier = std::mem::take(&mut self.waiting);
         self.waiting = all
             .map(|(port, service)| (port.clone(), what_matters(service)))
             .collect();
-        for (port, service) in gone {
+        for (port, service) in earlier {
             self.waiting.entry(port).or_insert(service);
         }
     }

@@ -53,6 +53,14 @@ impl Cluster {
         self.control.apply(&service)
     }
 
+    /// Starts the agent as the user of this token, and waits until it serves.
+    pub fn follow(&mut self, token: &str) -> anyhow::Result<()> {
+        let kubeconfig = self.control.kubeconfig_of(token)?;
+        self.scenario.agent.follow_api(&kubeconfig);
+        self.scenario.agent.spawn()?;
+        self.scenario.agent.wait_ready()
+    }
+
     /// Where the Service is found from this node, in both families.
     pub fn targets(&self) -> Vec<SocketAddr> {
         let vips = VIPS.map(|vip| SocketAddr::new(vip.parse().expect("an address"), TCP));

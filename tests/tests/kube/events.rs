@@ -67,11 +67,7 @@ fn the_cluster_is_told_what_kube_proxy_tells_it() {
         let its = reasons.map(|reason| next(&c.control, reason, &[]));
         kube_proxy.stop()?;
         let known = c.control.events()?;
-        c.scenario
-            .agent
-            .follow_api(&c.control.kubeconfig_of(KUBE_PROXY)?);
-        c.scenario.agent.spawn()?;
-        c.scenario.agent.wait_ready()?;
+        c.follow(KUBE_PROXY)?;
         for (reason, its) in reasons.into_iter().zip(its) {
             let (its, mut ours) = (lasting(&its?), lasting(&next(&c.control, reason, &known)?));
             if reason == "Starting" {
@@ -103,11 +99,7 @@ fn who_loses_an_address_and_an_agent_without_a_port_are_told_of() {
     Cluster::run("events-own", Variant::Nft, &["--mode", "iptables"], |c| {
         let node = c.scenario.a.clone();
         c.control.apply_node(&node)?;
-        c.scenario
-            .agent
-            .follow_api(&c.control.kubeconfig_of(KUBE_PROXY)?);
-        c.scenario.agent.spawn()?;
-        c.scenario.agent.wait_ready()?;
+        c.follow(KUBE_PROXY)?;
         let claim = |c: &Cluster, name, number| {
             let address = Ipv4Addr::new(10, 96, 0, number).into();
             let service = Service::new(name, &[address])
@@ -181,11 +173,7 @@ fn an_agent_that_may_not_tell_says_so_once_and_serves() {
                 .a
                 .place()
                 .inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, TAKEN)))??;
-            c.scenario
-                .agent
-                .follow_api(&c.control.kubeconfig_of(NOBODY)?);
-            c.scenario.agent.spawn()?;
-            c.scenario.agent.wait_ready()?;
+            c.follow(NOBODY)?;
             c.wait_served_by(&[&near])?;
             let refused = r#"{apiGroups: ["events.k8s.io"], resources: ["events"], verbs: ["create", "patch"]}"#;
             c.wait_log(refused)?;

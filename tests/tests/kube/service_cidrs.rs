@@ -52,10 +52,7 @@ fn service_cidrs_come_go_and_outlive_their_watch() {
         c.control.apply_node(&c.scenario.a)?;
         c.apply(&[&near])?;
         // kube-proxy's own rights are enough.
-        let kubeconfig = c.control.kubeconfig_of(KUBE_PROXY)?;
-        c.scenario.agent.follow_api(&kubeconfig);
-        c.scenario.agent.spawn()?;
-        c.scenario.agent.wait_ready()?;
+        c.follow(KUBE_PROXY)?;
         wait_dropped(c, &FIRST, SOON)?;
         c.wait_served_by(&[&near])?;
         c.control.apply_service_cidr("more", &MORE)?;
@@ -79,10 +76,7 @@ fn without_the_right_to_service_cidrs_everything_else_goes_on() {
         c.control.apply_node(&c.scenario.a)?;
         c.apply(&[&near])?;
         c.control.grant(NOBODY, &RIGHTS)?;
-        let kubeconfig = c.control.kubeconfig_of(NOBODY)?;
-        c.scenario.agent.follow_api(&kubeconfig);
-        c.scenario.agent.spawn()?;
-        c.scenario.agent.wait_ready()?;
+        c.follow(NOBODY)?;
         c.wait_log(
             r#"{apiGroups: ["networking.k8s.io"], resources: ["servicecidrs"], verbs: ["list", "watch"]}"#,
         )?;
@@ -108,10 +102,7 @@ fn an_api_server_that_serves_none_is_followed_without() {
             "--feature-gates=MultiCIDRServiceAllocator=false",
             "--runtime-config=networking.k8s.io/v1/servicecidrs=false",
         ])?;
-        let kubeconfig = c.control.kubeconfig_of(KUBE_PROXY)?;
-        c.scenario.agent.follow_api(&kubeconfig);
-        c.scenario.agent.spawn()?;
-        c.scenario.agent.wait_ready()?;
+        c.follow(KUBE_PROXY)?;
         c.wait_log("this API server does not serve them: going on without")?;
         c.wait_served_by(&[&near])?;
         c.apply(&[&far])?;

@@ -133,10 +133,7 @@ fn a_connection_that_dies_silently_is_told_of_and_made_anew() {
         let outsider = c.scenario.topology.outsider()?;
         c.control.apply_node(&c.scenario.a)?;
         c.apply(&[&near])?;
-        let kubeconfig = c.control.kubeconfig_of(KUBE_PROXY)?;
-        c.scenario.agent.follow_api(&kubeconfig);
-        c.scenario.agent.spawn()?;
-        c.scenario.agent.wait_ready()?;
+        c.follow(KUBE_PROXY)?;
         c.wait_served_by(&[&near])?;
         let loads = c.load(&outsider)?;
         cut(c, true)?;

@@ -24,16 +24,7 @@ const AUTO: [&str; 6] = [
     "--iptables-min-sync-period",
     "100ms",
 ];
-const RULES_ALONE: [&str; 8] = [
-    "--mode",
-    "iptables",
-    "--proxy-mode",
-    "nftables",
-    "--cluster-cidr",
-    POD_NETWORKS,
-    "--iptables-min-sync-period",
-    "100ms",
-];
+const RULES_ALONE: [&str; 2] = ["--mode", "iptables"];
 /// How long nothing may come until it counts as dropped: less than until the next SYN.
 const SILENCE: Duration = Duration::from_millis(400);
 
@@ -157,7 +148,7 @@ fn outcome(answer: io::Result<String>) -> io::Result<String> {
 
 /// Runs `body` with sockets and packets, then with packets alone.
 fn each(name: &str, body: impl Fn(&mut Scenario, &Pod, &[&str]) -> anyhow::Result<()>) {
-    for args in [&AUTO[..], &RULES_ALONE] {
+    for args in [&AUTO[..], &[&AUTO[..], &RULES_ALONE].concat()] {
         each_family_with(name, args, |s| {
             let outsider = s.topology.outsider()?;
             body(s, &outsider, args)
