@@ -57,7 +57,7 @@ pub struct Layer<B: Backend> {
     left_out: Option<u32>,
     audit_at: Instant,
     quarrel: Quarrel,
-    /// Shortest time from one change of the kernel to the next.
+    /// Shortest time from the end of one change of the kernel to the next.
     pace: Duration,
     status: watch::Sender<SyncStatus>,
     metrics: LayerMetrics,
@@ -99,7 +99,8 @@ impl<B: Backend> Layer<B> {
         }
     }
 
-    /// Waits at least this long from one change of the kernel to the next, for tools that are slow.
+    /// Waits at least this long from the end of one change of the kernel to the next, for tools that are slow. kube-proxy does
+    /// so too (`pkg/proxy/runner/bounded_frequency_runner.go`).
     #[must_use]
     pub fn with_pace(mut self, pace: Duration) -> Self {
         self.pace = pace;
@@ -328,7 +329,7 @@ impl<B: Backend> Layer<B> {
             is_news
         });
         Due {
-            not_before: (applied > 0 && !self.pace.is_zero()).then(|| now + self.pace),
+            not_before: (applied > 0 && !self.pace.is_zero()).then(|| Instant::now() + self.pace),
             until: self.audit_at,
         }
     }

@@ -39,7 +39,7 @@ pub struct Packet {
     /// Take over when another proxy has given no sign for this long [default: one and a half --iptables-sync-period]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub takeover_after: Option<Duration>,
-    /// Shortest time between two changes of the rules
+    /// Shortest time from the end of one change of the rules to the next
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = duration)]
     pub iptables_min_sync_period: Duration,
 }

@@ -305,6 +305,21 @@ fn what_the_kernel_refuses_is_tried_again_soon_then_seldom_and_is_nobodys_drift(
 }
 
 #[test]
+fn the_pause_between_two_changes_begins_when_the_first_is_done() {
+    const PACE: Duration = Duration::from_secs(1);
+    const WORK: Duration = Duration::from_secs(10);
+    let world = world(&[("a", 1)]);
+    let mut bench = Bench::new(&World::default());
+    bench.layer.pace = PACE;
+    let done = bench.now;
+    bench.now -= WORK;
+    let due = bench.turn(&world, turn(Scope::All, true));
+    assert!(due.not_before >= Some(done + PACE));
+    let due = bench.turn(&world, turn(part(&["a"]), true));
+    assert_eq!(due.not_before, None, "nothing was changed");
+}
+
+#[test]
 fn what_somebody_else_changed_is_repaired_before_the_next_audit_is_due() {
     let wanted = world(&[("a", 1), ("b", 1)]);
     let mut bench = Bench::new(&wanted);
