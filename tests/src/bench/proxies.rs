@@ -14,13 +14,15 @@ use crate::{
     kube::{ControlPlane, KubeProxy, Mode, Periods, Variant},
 };
 
-/// Shortest time between two changes of the rules, on both sides. Their defaults are one second; changes here are further
-/// apart than this, so it is the work that is measured.
-const MIN_SYNC: &str = "100ms";
-const PERIODS: Periods = Periods {
-    min_sync: MIN_SYNC,
-    // The default.
+/// The defaults, which both sides have in common.
+const DEFAULT: Periods = Periods {
+    min_sync: "1s",
     sync: "30s",
+};
+/// For those who serve by rules alone, and are measured change by change.
+const QUICK: Periods = Periods {
+    min_sync: "100ms",
+    ..DEFAULT
 };
 const POD_NETWORKS: &str = "10.244.0.0/16,fd00:10:244::/48";
 
@@ -116,7 +118,7 @@ impl Running {
             "--cluster-cidr",
             POD_NETWORKS,
             "--iptables-min-sync-period",
-            MIN_SYNC,
+            QUICK.min_sync,
         ];
         let mut agent = Agent::new(node, manifests, &args)?;
         agent.spawn()?;
@@ -134,12 +136,20 @@ impl Running {
         Ok(Self::Ours(agent))
     }
 
-    /// Starts kube-proxy on a node that nobody has served yet.
+    /// Starts kube-proxy on a node that nobody has served yet, as quick as [`Running::ours`].
     ///
     /// # Errors
     /// It cannot be started.
     pub fn kube(control: &ControlPlane, node: &Node, mode: Mode) -> Result<Self> {
-        KubeProxy::spawn_with(control, node, mode, PERIODS).map(Self::Kube)
+        KubeProxy::spawn_with(control, node, mode, QUICK).map(Self::Kube)
+    }
+
+    /// Starts kube-proxy as it is by default, as [`Running::following`].
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn kube_by_default(control: &ControlPlane, node: &Node, mode: Mode) -> Result<Self> {
+        KubeProxy::spawn_with(control, node, mode, DEFAULT).map(Self::Kube)
     }
 
     /// Waits until its rules are complete: how long after `start` that was.
@@ -201,14 +211,8 @@ impl Running {
 /// The API server refuses its Node.
 pub fn follower(control: &ControlPlane, node: &Node) -> Result<Agent> {
     control.apply_node(node)?;
-    let args = [
-        "--cluster-cidr",
-        POD_NETWORKS,
-        "--iptables-min-sync-period",
-        MIN_SYNC,
-    ];
     let unused = Manifests::new(&node.state_dir(), "unused")?;
-    let mut agent = Agent::new(node, &unused, &args)?;
+    let mut agent = Agent::new(node, &unused, &["--cluster-cidr", POD_NETWORKS])?;
     agent.follow_api(&control.kubeconfig()?);
     Ok(agent)
 }

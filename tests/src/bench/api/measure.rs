@@ -126,7 +126,7 @@ impl World {
     fn spawn(&self, side: Side, node: &Node) -> Result<Running> {
         match side {
             Side::Ours => Running::following(&self.control, node),
-            Side::Kube => Running::kube(&self.control, node, Mode::Nftables),
+            Side::Kube => Running::kube_by_default(&self.control, node, Mode::Nftables),
         }
     }
 

@@ -14,13 +14,13 @@ use super::{
 };
 use crate::{Pod, let_run};
 
-/// Between a connection that showed the change and the next change: longer than the shortest time between two changes of the
-/// rules, and enough for what is left to do behind the change.
-const PAUSE: Duration = Duration::from_millis(300);
+/// Between a connection that showed the change and the next change: longer than both sides wait by default from one change of
+/// the rules to the next, so it is the work that is measured.
+const PAUSE: Duration = Duration::from_millis(1_200);
 /// Between two attempts to connect.
 const AGAIN: Duration = Duration::from_millis(1);
 /// All changes of one proxy; those that fit in it count.
-const CHANGING: Duration = Duration::from_secs(150);
+const CHANGING: Duration = Duration::from_secs(240);
 /// One change.
 const PATIENCE: Duration = Duration::from_secs(120);
 
