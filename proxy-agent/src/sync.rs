@@ -340,6 +340,10 @@ impl<B: Backend> Layer<B> {
         self.is_published = false;
         self.changes = 0;
         self.failures = 0;
+        if let Some(kube_proxy) = &self.metrics.kube_proxy {
+            // Nothing waits for this layer.
+            kube_proxy.succeeded(SystemTime::now());
+        }
         self.status.send_if_modified(|status| {
             let is_news = (complete && !status.is_synced) || status.last_error.is_some();
             status.is_synced |= complete;

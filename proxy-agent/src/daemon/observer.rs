@@ -119,8 +119,13 @@ impl Observer {
         self.without_local.extend(found);
     }
 
-    /// Tells what was taken, once the kernel holds it; `status` is of after the sync that took it.
+    /// Tells what was taken, once the kernel holds it; `status` is of after the sync that took it. What comes while somebody
+    /// else serves the node is not ours to tell of.
     pub fn tell(&mut self, status: &SyncStatus, now: SystemTime) {
+        if status.is_synced && !status.is_serving {
+            self.metrics.taken();
+            self.waiting.clear();
+        }
         if status.last_error.is_some() || !std::mem::take(&mut self.is_taken) {
             return;
         }
@@ -237,6 +242,31 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_change_that_somebody_else_serves_is_not_told_of() {
+        let metrics = KubeProxyMetrics::default();
+        let mut observer = Observer::new(metrics.clone(), at(0));
+        let model = Model::new(NodeName::new("node-a"));
+        let observing = SyncStatus {
+            is_synced: true,
+            ..SyncStatus::default()
+        };
+        observer.note(&slice("web", at(3)), &model, at(4));
+        observer.tell(&observing, at(5));
+        assert!(observer.waiting.is_empty());
+        assert_eq!(metrics.endpoint_changes_pending.get(), 0);
+        observer.note(&slice("web", at(1_000)), &model, at(1_001));
+        observer.taken(&Compiled::default());
+        observer.tell(&status(None), at(1_002));
+        let all = crate::metrics::Metrics {
+            kube_proxy: metrics,
+            ..Default::default()
+        };
+        let sum = "kubeproxy_network_programming_duration_seconds_sum{ip_family=\"IPv4\"} 2.0";
+        let text = all.text();
+        assert!(text.lines().any(|line| line == sum), "{text}");
     }
 
     #[test]
