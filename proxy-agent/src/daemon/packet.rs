@@ -15,7 +15,7 @@ use super::{
     Error,
     feed::Feed,
     layer::LayerThread,
-    rival::{self, Beside},
+    rival::{self, Beside, LookOut},
 };
 use crate::{
     backends::{
@@ -66,11 +66,14 @@ pub fn start(
 ) -> Result<LayerThread, Error> {
     let place = tools.place();
     let rules = rules(&args.sources, &args.layers, place, route_localnet)?;
-    let rivals = rival::look_out(
+    let others = rival::look_out(
         args.metrics_bind_address.0,
         args.layers.packet.takeover_after(),
     );
-    let rivals = rivals.map_err(super::start("looking out for other proxies"))?;
+    let LookOut {
+        rivals,
+        is_elsewhere,
+    } = others.map_err(super::start("looking out for other proxies"))?;
     let pace = args.layers.packet.iptables_min_sync_period;
     let status = SyncStatus::channel("packet");
     let followed = status.subscribe();
@@ -107,7 +110,7 @@ pub fn start(
             compiled
         };
         let mut told = LeftOut::default();
-        let mut beside = Beside::new(give_way, Arc::clone(&metrics));
+        let mut beside = Beside::new(give_way, is_elsewhere, Arc::clone(&metrics));
         let mut families = LateFamilies::default();
         layer.run(&feed.inbox, compile, |backend, status| {
             told.tell(backend.left_out(), &metrics);

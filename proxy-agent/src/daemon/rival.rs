@@ -38,18 +38,28 @@ const OTHER_FAMILY: Duration = Duration::from_secs(60);
 /// More than any answer to `/proxyMode` has, bytes.
 const ANSWER_BYTES: usize = 4096;
 
+/// Who asks for other proxies, all the time.
+pub struct LookOut {
+    /// What follows from their answers.
+    pub rivals: Rivals,
+    /// Whether one answers at kube-proxy's port and that is not ours: then it does not want ours.
+    pub is_elsewhere: Arc<AtomicBool>,
+}
+
 /// Begins to look out for other proxies: at kube-proxy's port and at `own`, which may be taken by one. One that gives no
 /// sign for `patience` is gone. The first answer is in when this returns.
 ///
 /// # Errors
 /// No thread to be had.
-pub fn look_out(own: Option<SocketAddr>, patience: Duration) -> io::Result<Rivals> {
-    let mut addresses = vec![KUBE_PROXY];
-    addresses.extend(own.map(|own| SocketAddr::new(reachable(own.ip()), own.port())));
-    addresses.dedup();
+pub fn look_out(own: Option<SocketAddr>, patience: Duration) -> io::Result<LookOut> {
+    let own = own.map(|own| SocketAddr::new(reachable(own.ip()), own.port()));
+    let elsewhere = own.filter(|own| *own != KUBE_PROXY);
+    let is_elsewhere = Arc::new(AtomicBool::new(false));
+    let tells_elsewhere = Arc::clone(&is_elsewhere);
     let answers = move || {
-        let mut modes = addresses.iter().map(|address| foreign_mode(*address));
-        modes.any(|mode| mode.is_some())
+        let has_its_port = foreign_mode(KUBE_PROXY).is_some();
+        tells_elsewhere.store(has_its_port && elsewhere.is_some(), Ordering::Relaxed);
+        has_its_port || elsewhere.is_some_and(|own| foreign_mode(own).is_some())
     };
     let proxy_mode = Arc::new(AtomicBool::new(answers()));
     let told = Arc::downgrade(&proxy_mode);
@@ -64,7 +74,10 @@ pub fn look_out(own: Option<SocketAddr>, patience: Duration) -> io::Result<Rival
                 told.store(now, Ordering::Relaxed);
             }
         })?;
-    Ok(Rivals::new(patience, proxy_mode))
+    Ok(LookOut {
+        rivals: Rivals::new(patience, proxy_mode),
+        is_elsewhere,
+    })
 }
 
 /// Where a server that listens on `address` is reached from this node.
@@ -130,6 +143,8 @@ fn mode_of_another(answer: &str) -> Option<&str> {
 pub struct Beside {
     /// True while another proxy should have our port, if it wants it: by its answers there it is seen to be alive.
     give_way: watch::Sender<bool>,
+    /// See [`LookOut::is_elsewhere`].
+    is_elsewhere: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
     told: Stance,
     /// Our rules are still to go, since then.
@@ -139,13 +154,18 @@ pub struct Beside {
 }
 
 impl Beside {
-    /// Tells `give_way` when another proxy should have our port.
-    pub fn new(give_way: watch::Sender<bool>, metrics: Arc<Metrics>) -> Self {
+    /// Tells `give_way` when another proxy should have our port; `is_elsewhere` is the one of [`LookOut`].
+    pub fn new(
+        give_way: watch::Sender<bool>,
+        is_elsewhere: Arc<AtomicBool>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         for sign in Sign::ALL {
             gauge(&metrics, sign).set(0);
         }
         Self {
             give_way,
+            is_elsewhere,
             metrics,
             told: Stance::Serve,
             leaves: None,
@@ -161,6 +181,9 @@ impl Beside {
         let stance = rivals.decision().stance();
         let wants_clearing = rivals.decision().wants_clearing();
         self.tell(stance);
+        let gives_way = self.is_observing() && !self.is_elsewhere.load(Ordering::Relaxed);
+        self.give_way
+            .send_if_modified(|told| std::mem::replace(told, gives_way) != gives_way);
         // Its tables of both families are not written at once, if there are both.
         let is_due = |since: Instant| nft::serves_all() || since.elapsed() >= OTHER_FAMILY;
         if self.leaves.is_some_and(is_due) {
@@ -226,8 +249,6 @@ impl Beside {
             }
         }
         self.leaves = (stance == Stance::Observe(Sign::NftTable)).then(Instant::now);
-        let gives_way = matches!(stance, Stance::Observe(_));
-        self.give_way.send_replace(gives_way);
     }
 }
 

@@ -20,6 +20,7 @@ use std::{
 use anyhow::{Context, ensure};
 use proxy_tests::{
     Agent, Node, Pod, Service,
+    agent::sum_of,
     kube::{KubeProxy, Mode, Variant},
     let_run,
     load::now_ns,
@@ -252,6 +253,12 @@ fn side_by_side(name: &str, mode: Mode) {
         })?;
         m.wait_log(OBSERVING, 1)?;
         m.wait_log("sign=\"proxy_mode\"", 1)?;
+        wait_for("the agent's metrics tell of kube-proxy", SOON, || {
+            let (status, text) = m.agent.place().http_get(METRICS.parse()?, "/metrics")?;
+            let observing = sum_of(&text, "proxy_agent_observing", "");
+            ensure!((status, observing) == (200, 1.0), "{status}, {observing}");
+            Ok(())
+        })?;
         m.step("with the agent beside")?;
         m.ensure_without_agent()?;
 

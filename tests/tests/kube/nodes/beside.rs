@@ -29,18 +29,22 @@ pub fn the_agent_comes(nodes: &Nodes, traffic: &Traffic) -> anyhow::Result<()> {
     let folder = own_manifests(nodes)?;
     apply(nodes, &folder, "overlays/migration")?;
     nodes.wait_rolled_out(SYSTEM, AGENT)?;
+    let observing = |wanted: f64, what: &str| {
+        nodes.machines.iter().try_for_each(|machine| {
+            wait_for(what, SOON, || {
+                let place = machine.node().place();
+                let (_, text) = place.http_get(BESIDE.parse()?, "/metrics")?;
+                let observing = sum_of(&text, "proxy_agent_observing", "");
+                ensure!(observing == wanted, "proxy_agent_observing: {observing}");
+                Ok(())
+            })
+        })
+    };
+    observing(1.0, "the agent sees kube-proxy")?;
     let away = r#"{"spec":{"template":{"spec":{"nodeSelector":{"no":"node"}}}}}"#;
     let patch = [SYSTEM, "patch", "daemonset", "kube-proxy", "--patch", away];
     nodes.control.kubectl(&patch)?;
-    for machine in &nodes.machines {
-        wait_for("the agent takes over", SOON, || {
-            let place = machine.node().place();
-            let (_, text) = place.http_get(BESIDE.parse()?, "/metrics")?;
-            let observing = sum_of(&text, "proxy_agent_observing", "");
-            ensure!(observing == 0.0, "another proxy is seen: {observing}");
-            Ok(())
-        })?;
-    }
+    observing(0.0, "the agent takes over")?;
     apply(nodes, &folder, "overlays/kubeadm")?;
     nodes.wait_rolled_out(SYSTEM, AGENT)?;
     clean_up(nodes, &folder, "cleanup/kube-proxy")?;
