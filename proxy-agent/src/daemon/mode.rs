@@ -8,7 +8,7 @@ use crate::{
         self,
         ebpf::{
             kernel::{KernelStore, Lease, Left, OpenOptions},
-            probe::{hidden_namespaces, probe},
+            probe::{hidden_namespaces, is_root, probe},
         },
         iptables::host::{Host, Owner},
     },
@@ -102,6 +102,9 @@ fn sockets(
         Err(Error::Backend(error)) => return lacks(global, error, None).map(Err),
         Err(error) => return Err(error),
     };
+    if !is_root(&cgroup) {
+        tracing::info!(cgroup = %cgroup.display(), "not the root of the node's cgroups: sockets outside of it are not served");
+    }
     let options = OpenOptions {
         bpf_dir: global.bpf_dir.clone(),
         cgroup: Some(cgroup.clone()),

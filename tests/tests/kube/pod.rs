@@ -158,10 +158,17 @@ struct Missing {
     named: &'static str,
 }
 
-const MISSING: [Missing; 4] = [
+const MISSING: [Missing; 5] = [
     Missing {
         mount: "bpffs",
         undo: "umount --lazy $R/sys/fs/bpf",
+        layers: ["off", "iptables"],
+        named: "/sys/fs/bpf",
+    },
+    // As under a profile of AppArmor.
+    Missing {
+        mount: "bpffs, to write",
+        undo: "mount -o remount,bind,ro $R/sys/fs/bpf",
         layers: ["off", "iptables"],
         named: "/sys/fs/bpf",
     },

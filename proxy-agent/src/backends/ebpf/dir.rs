@@ -125,10 +125,7 @@ impl Directory {
 /// # Errors
 /// `path`, or the nearest directory above it that exists, is not on a bpffs.
 pub fn check_bpffs(path: &Path) -> Result<(), Error> {
-    let existing = path
-        .ancestors()
-        .find(|path| path.exists())
-        .unwrap_or(Path::new("/"));
+    let existing = existing(path);
     let stat =
         statfs(existing).map_err(|errno| refused("read", existing.display(), errno.into()))?;
     if stat.filesystem_type().0 as i64 & 0xffff_ffff == BPF_FS_MAGIC {
@@ -140,6 +137,32 @@ pub fn check_bpffs(path: &Path) -> Result<(), Error> {
         path.display(),
         existing.display()
     )))
+}
+
+/// Whether pins can be kept at `path` by this process, which root alone does not say: profiles of AppArmor and SELinux forbid
+/// it to containers.
+///
+/// # Errors
+/// As [`check_bpffs`]; no directory can be made there.
+pub fn check_writable(path: &Path) -> Result<(), Error> {
+    check_bpffs(path)?;
+    let trial = existing(path).join(format!("trial-{}", std::process::id()));
+    let tried = fs::create_dir(&trial).and_then(|()| fs::remove_dir(&trial));
+    tried.map_err(|error| {
+        Error::Unusable(format!(
+            "cannot keep maps in {}: making {} fails: {error}; is it mounted read-only, or has this container a profile of \
+             AppArmor or SELinux? (deploy/base/daemonset.yaml has none)",
+            path.display(),
+            trial.display()
+        ))
+    })
+}
+
+/// The nearest directory of a path that there is.
+fn existing(path: &Path) -> &Path {
+    path.ancestors()
+        .find(|path| path.exists())
+        .unwrap_or(Path::new("/"))
 }
 
 /// One generation of maps.

@@ -10,7 +10,7 @@ use proxy_ebpf::abi::{Meta, Stats};
 
 use self::{current::Current, grace::Grace};
 use super::{
-    dir::Directory,
+    dir::{Directory, check_writable},
     links::{self, Cgroup},
     load::{Constants, LeftOut, Object},
     probe,
@@ -101,6 +101,7 @@ impl KernelStore {
         };
         let object = Object::embedded(constants)?;
         let cgroup = Cgroup::open(&cgroup.map_or_else(probe::cgroup_root, Ok)?)?;
+        check_writable(&bpf_dir)?;
         let dir = Directory::lock(&bpf_dir)?;
         let found = open::open(&dir, &object)?;
         let grace = Grace::new()?;

@@ -112,7 +112,7 @@ pub fn probe(bpf_dir: &Path, cgroup: Option<&Path>) -> Report {
     if let Err(error) = KernelBtf::running() {
         report.note(Need::KernelBtf, true, error.to_string());
     }
-    if let Err(error) = dir::check_bpffs(bpf_dir) {
+    if let Err(error) = dir::check_writable(bpf_dir) {
         report.note(Need::BpfFs, true, error.to_string());
     }
     let root = cgroup.map_or_else(cgroup_root, |path| Ok(path.to_owned()));
