@@ -2,7 +2,6 @@
 
 use std::{
     error,
-    net::IpAddr,
     path::PathBuf,
     pin::Pin,
     task::{Context, Poll},
@@ -22,6 +21,7 @@ use kube::{
 };
 use tower::{BoxError, Service, ServiceBuilder, retry::RetryLayer};
 
+use super::collect::Server;
 use crate::metrics::RestClientMetrics;
 
 /// A connection on which nothing came for this long is probed by the kernel, as often as [`PROBES`]: client-go asks over
@@ -81,16 +81,12 @@ pub enum Error {
     },
 }
 
-/// A client that has sent nothing yet, and the address of the server if it is reached by one and not by a name.
-pub async fn open(
-    access: &Access,
-    metrics: &RestClientMetrics,
-) -> Result<(Client, Option<IpAddr>), Error> {
+/// A client that has sent nothing yet, and how the server is reached.
+pub async fn open(access: &Access, metrics: &RestClientMetrics) -> Result<(Client, Server), Error> {
     let config = config(access).await?;
     let server = config.cluster_url.to_string();
     tracing::info!(server, "following the API server");
-    let host = config.cluster_url.host().unwrap_or_default();
-    let address = host.trim_matches(['[', ']']).parse().ok();
+    let reached = Server::new(config.cluster_url.host().unwrap_or_default());
     if let Some(proxy) = config.proxy_url {
         return Err(Error::Proxy(proxy));
     }
@@ -98,7 +94,7 @@ pub async fn open(
         server,
         cause: Box::new(cause),
     })?;
-    Ok((client, address))
+    Ok((client, reached))
 }
 
 async fn config(access: &Access) -> Result<Config, Error> {

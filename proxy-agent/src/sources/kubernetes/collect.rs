@@ -26,18 +26,45 @@ mod pods;
 /// The Service by whose address pods reach the API server.
 const API_SERVICE: &str = "default/kubernetes";
 
+/// How the API server is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// By an address.
+    Address(IpAddr),
+    /// By a name of its own.
+    Name,
+    /// By the name that the cluster's DNS has for its Service.
+    ServiceName,
+}
+
+impl Server {
+    /// `host` is the one of its URL.
+    pub fn new(host: &str) -> Self {
+        let host = host.trim_matches(['[', ']']);
+        let mut labels = host.split('.');
+        let of_service = ["kubernetes", "default", "svc"];
+        let is_service = of_service.iter().all(|of| labels.next() == Some(of));
+        match host.parse() {
+            Ok(address) => Self::Address(address),
+            Err(_) if is_service || host == "kubernetes.default" => Self::ServiceName,
+            Err(_) => Self::Name,
+        }
+    }
+}
+
 /// Takes events, and gives what they change.
 #[derive(Debug)]
 pub struct Collector {
     here: NodeName,
-    /// Where the API server is reached, if by an address.
-    server: Option<IpAddr>,
-    /// That is the Service's address.
+    server: Server,
+    /// The API server is reached by the Service, which this agent makes work.
     is_circular: bool,
     services: Known<ServiceName>,
     slices: Known<SliceName>,
     /// Its list was complete, with or without it.
     is_node_listed: bool,
+    /// It has been there.
+    has_node: bool,
     service_cidrs: Known<ServiceCidrName>,
     /// They are to be in what is given out first, if they come in time.
     awaits_service_cidrs: bool,
@@ -97,16 +124,16 @@ impl<N: Clone + Eq + Hash> Known<N> {
 }
 
 impl Collector {
-    /// One that knows nothing; `server` is where the API server is reached, if that is no name. Without a wish for ServiceCIDRs
-    /// it hears of none.
-    pub fn new(here: NodeName, server: Option<IpAddr>, wants_service_cidrs: bool) -> Self {
+    /// One that knows nothing. Without a wish for ServiceCIDRs it hears of none.
+    pub fn new(here: NodeName, server: Server, wants_service_cidrs: bool) -> Self {
         Self {
             here,
             server,
-            is_circular: false,
+            is_circular: server == Server::ServiceName,
             services: Known::default(),
             slices: Known::default(),
             is_node_listed: false,
+            has_node: false,
             service_cidrs: Known::default(),
             awaits_service_cidrs: wants_service_cidrs,
             pods: Pods::default(),
@@ -194,8 +221,17 @@ impl Collector {
                 node starts anew there is no way there; give its own address with --master or in the kubeconfig"
             ),
         });
+        let lacks_node = self.is_node_listed && !self.has_node;
+        let nodeless = lacks_node.then(|| Problem {
+            place: format!("Node {}", self.here),
+            line: None,
+            what: "the API server has none of this name: Services are served, but without the Node's addresses, networks and \
+                   zone; is --hostname-override the name that kubelet gave it?"
+                .to_owned(),
+        });
         let impossible = self.impossible.values().flatten().cloned();
-        let mut found: Vec<Problem> = unheard.chain(circular).chain(impossible).collect();
+        let all = unheard.chain(circular).chain(nodeless).chain(impossible);
+        let mut found: Vec<Problem> = all.collect();
         found.sort();
         found
     }
@@ -246,7 +282,8 @@ impl Collector {
             let mut ips = service
                 .iter()
                 .flat_map(|service| service.cluster_ips.iter());
-            self.is_circular = ips.any(|ip| Some(*ip) == self.server);
+            self.is_circular = self.server == Server::ServiceName
+                || ips.any(|ip| self.server == Server::Address(*ip));
         }
         self.objects.services.extend(changes);
     }
@@ -323,6 +360,7 @@ impl Collector {
             Event::Apply(object) | Event::InitApply(object) => {
                 // An old server may ignore the selector.
                 if Node::name(&object).is_ok_and(|name| name == self.here) {
+                    self.has_node = true;
                     self.objects.node = Some(Some(Arc::new(Node::parse(&object))));
                 }
             }

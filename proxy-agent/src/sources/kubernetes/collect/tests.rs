@@ -47,7 +47,8 @@ fn list<K>(item: fn(Heard<K>) -> Item, objects: Vec<K>) -> Vec<Item> {
 }
 
 fn collector() -> Collector {
-    Collector::new(NodeName::new("node-a"), Some([10, 96, 0, 10].into()), false)
+    let server = Server::Address([10, 96, 0, 10].into());
+    Collector::new(NodeName::new("node-a"), server, false)
 }
 
 fn take(collector: &mut Collector, items: impl IntoIterator<Item = Item>) {
@@ -246,6 +247,32 @@ fn an_api_server_that_is_reached_by_its_service_is_told() {
 }
 
 #[test]
+fn an_api_server_that_is_reached_by_the_name_of_its_service_is_told() {
+    let here = NodeName::new("node-a");
+    let mut collector = Collector::new(here, Server::ServiceName, false);
+    let event = event_of(Event::Delete(service("kubernetes", 443)));
+    collector.take(Item::Service(event));
+    let problem = collector.problems()[0].to_string();
+    assert!(problem.contains("when the node starts anew"), "{problem}");
+}
+
+#[test]
+fn a_node_that_does_not_appear_is_told_until_it_does() {
+    let mut collector = collector();
+    assert_eq!(collector.problems(), []);
+    take(&mut collector, list(Item::Node, vec![node("node-b", "z")]));
+    let problem = collector.problems()[0].to_string();
+    assert!(problem.contains("Node node-a"), "{problem}");
+    assert!(problem.contains("--hostname-override"), "{problem}");
+    let event = event_of(Event::Apply(node("node-a", "z")));
+    collector.take(Item::Node(event));
+    assert_eq!(collector.problems(), []);
+    // What was known of it still holds.
+    take(&mut collector, list(Item::Node, vec![]));
+    assert_eq!(collector.problems(), []);
+}
+
+#[test]
 fn an_object_that_becomes_somebody_elses_is_gone() {
     let mut collector = full();
     let mut other = service("a", 80);
@@ -321,5 +348,22 @@ proptest! {
             }
         }
         prop_assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn the_service_of_the_api_server_is_known_by_its_names_too() {
+    let address = |text: &str| Server::Address(text.parse().unwrap());
+    for (host, expected) in [
+        ("10.96.0.1", address("10.96.0.1")),
+        ("[fd00::1]", address("fd00::1")),
+        ("kubernetes.default", Server::ServiceName),
+        ("kubernetes.default.svc", Server::ServiceName),
+        ("kubernetes.default.svc.cluster.local", Server::ServiceName),
+        ("kubernetes.default.example.com", Server::Name),
+        ("kubernetes.example.com", Server::Name),
+        ("localhost", Server::Name),
+    ] {
+        assert_eq!(Server::new(host), expected, "{host}");
     }
 }

@@ -8,7 +8,7 @@ fn service_cidr(name: &str, cidrs: &[&str]) -> networking::ServiceCIDR {
 
 /// One that has read everything but ServiceCIDRs, which it wants.
 fn waiting() -> Collector {
-    let mut collector = Collector::new(NodeName::new("node-a"), None, true);
+    let mut collector = Collector::new(NodeName::new("node-a"), Server::Name, true);
     take(&mut collector, list(Item::Service, vec![service("a", 80)]));
     take(&mut collector, list(Item::Slice, Vec::new()));
     take(
