@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::{
     AddressSet, Features, Host, Owner, RestoreError, Table, Tables, accounts, refusal,
-    restore_with, run,
+    restore_with, run, variant::SHORT,
 };
 use crate::{
     backends::{Error, iptables::names::INVALID_DROPPED},
@@ -56,12 +56,17 @@ pub fn is_in_kernel(family: Family) -> bool {
     }
 }
 
-/// Whether the tools of a family read a table.
+/// Whether the tools of a family read a table. To the nft variant all tables are alike, and it takes half a minute for the rules
+/// of 250,000 endpoints; the legacy one asks the kernel for the very table that it reads.
 ///
 /// # Errors
 /// What the tool says.
 pub fn reads(host: &Host, family: Family) -> Result<(), Error> {
-    host.save_of(family, "nat").map(drop)
+    let table = match host.variant().is_nft() {
+        true => SHORT,
+        false => "nat",
+    };
+    host.save_of(family, table).map(drop)
 }
 
 /// Whether a family can be served: its tools read a table and write it.

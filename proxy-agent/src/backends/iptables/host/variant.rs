@@ -9,7 +9,7 @@ use crate::{backends::Error, state::Family};
 /// Chains by which kubelet tells others where it writes: KUBE-IPTABLES-HINT since 1.24 (KEP-3178), its canary before.
 const KUBELET: [&str; 2] = [":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY "];
 /// A table that has them, and is short: those of Services take seconds to read.
-const HINTS: &str = "mangle";
+pub(super) const SHORT: &str = "mangle";
 
 /// A variant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -144,7 +144,7 @@ pub fn choose() -> Result<Choice, Error> {
         true => saved(Variant::Legacy, None)?,
         false => String::new(),
     };
-    let nft = saved(Variant::Nft, Some(HINTS))?;
+    let nft = saved(Variant::Nft, Some(SHORT))?;
     let nft = match is_kubelets(&nft) && !is_kubelets(&legacy) {
         true => nft,
         false => saved(Variant::Nft, None)?,
