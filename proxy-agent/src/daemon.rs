@@ -24,7 +24,10 @@ use tokio::{
 };
 
 use crate::{
-    backends::{self, ebpf::kernel::Left},
+    backends::{
+        self,
+        ebpf::{kernel::Left, probe::probe},
+    },
     cli::{DetectLocalMode, Global, Mode, Run},
     events::Event,
     health::{self, Health, SelfTest},
@@ -163,10 +166,15 @@ pub fn run(global: &Global, args: &Run) -> Result<(), Error> {
 ///
 /// # Errors
 /// One could not be made.
-pub fn initialise(args: &Run) -> Result<(), Error> {
+pub fn initialise(global: &Global, args: &Run) -> Result<(), Error> {
     let mut failed = host_settings::make(&args.host, Path::new("/"));
-    if args.layers.mode() == Mode::Iptables
-        && packet::wants_route_localnet(&args.sources, &args.layers.packet)
+    let has_rules_alone = || match args.layers.mode() {
+        Mode::Iptables => true,
+        Mode::Auto => !probe(&global.bpf_dir, global.cgroup.as_deref()).is_usable(),
+        Mode::Ebpf => false,
+    };
+    if packet::wants_route_localnet(&args.sources, &args.layers.packet)
+        && has_rules_alone()
         && !packet::route_localnet()
     {
         failed += 1;

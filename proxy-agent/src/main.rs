@@ -77,7 +77,7 @@ fn run_or_instead(global: &Global, run: &Run) -> anyhow::Result<()> {
     } else if *cleanup {
         debug::cleanup_everything(global)?;
     } else if *init_only {
-        daemon::initialise(run)?;
+        daemon::initialise(global, run)?;
     } else {
         daemon::run(global, run)?;
     }

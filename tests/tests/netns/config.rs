@@ -186,3 +186,27 @@ fn init_only_makes_the_settings_of_the_host_and_serves_nothing() {
         )
     });
 }
+
+/// The agent itself may not: in its pod /proc/sys is read-only.
+#[test]
+#[ignore = "needs root and eBPF"]
+fn init_only_sets_route_localnet_where_rules_alone_will_serve() {
+    in_family("config-localnet", false, &[], |s| {
+        s.agent.stop()?;
+        let init = ["run", "--init-only", "--conntrack-max-per-core=0"];
+        let is_set = || {
+            let setting = "/proc/sys/net/ipv4/conf/all/route_localnet";
+            anyhow::Ok(s.a.output("cat", &[setting])?.trim() == "1")
+        };
+        s.agent.text(&init)?;
+        ensure!(!is_set()?, "the socket layer does without");
+        let folder = s.topology.state_dir().join("no-bpffs");
+        let mut command = s.agent.place().command(s.agent.binary())?;
+        command.arg("--bpf-dir").arg(&folder).args(init);
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{said}");
+        ensure!(is_set()?, "{said}");
+        Ok(())
+    });
+}
