@@ -225,7 +225,10 @@ words!(LogFormat, Mode, ProxyMode, DetectLocalMode);
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
     let mut args: Vec<OsString> = args.into_iter().map(with_dashes).collect();
     if lacks_command(&args) {
-        args.insert(1, "run".into());
+        match args.iter().any(asks_version) {
+            true => args.splice(1.., ["--version".into()]).for_each(drop),
+            false => args.insert(1, "run".into()),
+        }
     }
     let matches = Cli::command().try_get_matches_from(args)?;
     let given = matches.subcommand().map(|(_, flags)| given(flags));
@@ -233,6 +236,14 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
         Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut Cli::command()))?;
     cli.given = given.unwrap_or_default();
     Ok(cli)
+}
+
+/// kube-proxy's flag may stand among others, and may have a value.
+fn asks_version(arg: &OsString) -> bool {
+    matches!(
+        arg.to_str(),
+        Some("--version" | "--version=true" | "--version=raw")
+    )
 }
 
 fn given(flags: &ArgMatches) -> BTreeSet<String> {

@@ -135,5 +135,17 @@ fn wrong_flags_are_refused() {
         assert!(error.use_stderr(), "{line}: {error}");
     }
     assert!(!parsed("--help").unwrap_err().use_stderr());
-    assert!(!parsed("--version").unwrap_err().use_stderr());
+    for line in [
+        "--version",
+        "--config /x --version",
+        "--version=true -v 2",
+        "--version=raw",
+    ] {
+        let error = parsed(line).unwrap_err();
+        assert_eq!(
+            error.kind(),
+            clap::error::ErrorKind::DisplayVersion,
+            "{line}"
+        );
+    }
 }

@@ -16,7 +16,7 @@ const BURST: i64 = 10;
 const REFRESHED: Duration = Duration::from_secs(900);
 
 /// Flags of kube-proxy that a file replaces, by their ids.
-const REPLACED: [&str; 28] = [
+const REPLACED: [&str; 26] = [
     "kubeconfig",
     "nodeport_addresses",
     "bind_address",
@@ -43,8 +43,6 @@ const REPLACED: [&str; 28] = [
     "conntrack_udp_timeout",
     "conntrack_udp_timeout_stream",
     "oom_score_adj",
-    "feature_gates",
-    "config_sync_period",
 ];
 
 /// The flags that were given in vain beside a file.
