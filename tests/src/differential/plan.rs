@@ -45,10 +45,10 @@ pub(super) struct Plan {
     /// Also at an address that is a ClusterIP, of another Service if one has it: as its external or its load balancer's one.
     pub(super) claims_cluster_ip: Option<Target>,
     pub(super) ranges: Option<&'static [&'static str]>,
-    internal_local: bool,
-    external_local: bool,
+    pub(super) internal_local: bool,
+    pub(super) external_local: bool,
     pub(super) is_sticky: bool,
-    distribution: Option<&'static str>,
+    pub(super) distribution: Option<&'static str>,
     pub(super) endpoints: Vec<PlannedEndpoint>,
 }
 
@@ -339,6 +339,16 @@ impl Plan {
 }
 
 impl PlannedEndpoint {
+    /// Ready, and without hints.
+    pub(super) fn plain(self) -> Self {
+        Self {
+            state: State::Ready,
+            zone: None,
+            for_own_node: false,
+            ..self
+        }
+    }
+
     fn pod<'a>(&self, s: &'a Scenario) -> &'a Pod {
         match self.backing {
             Backing::Near => &s.near,
