@@ -57,6 +57,38 @@ fn every_overlay_is_applied_as_its_users_would() {
         let added: Vec<String> = serde_json::from_value(added.clone())?;
         let tested = CAPABILITIES.map(str::to_uppercase);
         assert_eq!(added, tested, "what the pod gets is what is tested");
+        assert_eq!(pod["hostNetwork"], true);
+        assert_eq!(pod["priorityClassName"], "system-node-critical");
+        assert_eq!(pod["tolerations"], json!([{"operator": "Exists"}]));
+        assert_eq!(pod["nodeSelector"], json!({"kubernetes.io/os": "linux"}));
+        let seccomp = json!({"seccompProfile": {"type": "RuntimeDefault"}});
+        assert_eq!(pod["securityContext"], seccomp);
+        let container = &pod["containers"][0];
+        let own = json!({
+            "allowPrivilegeEscalation": false,
+            "appArmorProfile": {"type": "Unconfined"},
+            "capabilities": {"add": tested, "drop": ["ALL"]},
+            "readOnlyRootFilesystem": true,
+            "seLinuxOptions": {"type": "spc_t"},
+        });
+        assert_eq!(container["securityContext"], own);
+        assert_eq!(
+            container["resources"]["limits"],
+            Value::Null,
+            "the maps may grow"
+        );
+        let named = |kind| {
+            let args = ["get", kind, "--output=name"];
+            let text = c.control.kubectl(&args)?;
+            let ours = text.lines().filter(|line| line.contains("proxy-agent"));
+            anyhow::Ok(ours.map(str::to_owned).collect::<Vec<_>>())
+        };
+        ensure!(named("clusterroles")?.is_empty(), "rights of its own");
+        let bindings = named("clusterrolebindings")?;
+        assert_eq!(bindings.len(), 1, "{bindings:?}");
+        let binding = c.control.kubectl(&["get", &bindings[0], "--output=json"])?;
+        let binding: Value = serde_json::from_str(&binding)?;
+        assert_eq!(binding["roleRef"]["name"], "system:node-proxier");
         Ok(())
     });
 }

@@ -1,11 +1,11 @@
 //! Kubernetes Events: what kube-proxy tells the cluster, and what the agent tells beyond it.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener};
 
 use anyhow::{Context, ensure};
 use proxy_tests::{
     Service,
-    agent::METRICS,
+    agent::{HEALTHZ, METRICS},
     kube::{ControlPlane, KUBE_PROXY, KubeProxy, Mode, NOBODY, Variant},
     scenario::{SOON, TCP, TCP_TARGET},
     wait_for,
@@ -132,19 +132,26 @@ fn who_loses_an_address_and_an_agent_without_a_port_are_told_of() {
         assert_eq!(later["regarding"]["name"], "third");
 
         c.scenario.agent.stop()?;
-        let _taken = node.place().inside(|| TcpListener::bind(METRICS))??;
         c.scenario.agent.add_flag("--bind-address-hard-fail");
-        c.scenario.agent.spawn()?;
-        let (code, log) = c.scenario.agent.wait_end()?;
-        ensure!(code == Some(1), "{code:?} {log}");
-        let unbound = next(&c.control, "FailedToStartMetricServer", &[])?;
-        assert_eq!(unbound["regarding"]["name"], node.name());
-        assert_eq!(
-            (&unbound["type"], &unbound["action"]),
-            (&"Warning".into(), &"StartKubeProxy".into())
-        );
-        let note = unbound["note"].as_str().unwrap_or_default();
-        ensure!(note.contains(&SocketAddr::to_string(&METRICS)), "{note}");
+        for (address, reason) in [
+            (METRICS, "FailedToStartMetricServer"),
+            (HEALTHZ, "FailedToStartProxierHealthcheck"),
+        ] {
+            let _taken = node.place().inside(|| TcpListener::bind(address))??;
+            c.scenario.agent.spawn()?;
+            let (code, log) = c.scenario.agent.wait_end()?;
+            ensure!(code == Some(1), "{code:?} {log}");
+            let unbound = next(&c.control, reason, &[])?;
+            assert_eq!(unbound["regarding"]["name"], node.name());
+            assert_eq!(
+                (&unbound["type"], &unbound["action"]),
+                (&"Warning".into(), &"StartKubeProxy".into())
+            );
+            let note = unbound["note"].as_str().unwrap_or_default();
+            // At all addresses, or at this one.
+            let port = format!(":{}", address.port());
+            ensure!(note.contains(&port), "{note}");
+        }
         Ok(())
     });
 }

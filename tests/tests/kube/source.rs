@@ -71,6 +71,11 @@ fn without_the_api_server_all_goes_on_and_afterwards_what_was_missed_is_made_goo
         c.scenario
             .agent
             .wait_metric(problems, "", |count| count > 0.0)?;
+        // Nothing waits for a sync: as kube-proxy, it is healthy.
+        for path in ["/healthz", "/livez"] {
+            let (status, body) = c.scenario.agent.place().http_get(HEALTHZ, path)?;
+            ensure!(status == 200, "{path}: {status} {body}");
+        }
         // Not its client, at every try.
         let log = c.scenario.agent.log();
         ensure!(!log.contains("failed with error"), "{log}");
