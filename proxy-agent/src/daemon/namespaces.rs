@@ -60,13 +60,21 @@ pub fn own_cookie() -> io::Result<u64> {
 
 /// Every network namespace that has a name or a process, each once.
 pub fn all() -> Vec<PathBuf> {
+    distinct(named().into_iter().chain(of_processes()))
+}
+
+/// The namespaces among these, each once: many processes share one. A name is a plain file, which may be closed to all, until the
+/// namespace is mounted on it.
+fn distinct(paths: impl Iterator<Item = PathBuf>) -> Vec<PathBuf> {
+    let Ok(own) = fs::metadata("/proc/thread-self/ns/net") else {
+        return Vec::new();
+    };
     let mut seen = HashSet::new();
-    let mut found: Vec<PathBuf> = named().into_iter().chain(of_processes()).collect();
-    // Many processes share a namespace.
-    found.retain(|path| {
-        fs::metadata(path).is_ok_and(|metadata| seen.insert((metadata.dev(), metadata.ino())))
-    });
-    found
+    let is_new = |path: &PathBuf| {
+        let found = fs::metadata(path).ok();
+        found.is_some_and(|found| found.dev() == own.dev() && seen.insert(found.ino()))
+    };
+    paths.filter(is_new).collect()
 }
 
 /// Runs `work` in each of these network namespaces, one after the other, on one thread of its own.
@@ -105,6 +113,18 @@ mod tests {
             cookie,
             "this thread stays where it is"
         );
+    }
+
+    #[test]
+    fn a_name_without_its_namespace_and_what_was_seen_are_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = folder.path().join("made-just-now");
+        File::create(&name).unwrap();
+        let own = PathBuf::from("/proc/self/ns/net");
+        let same = PathBuf::from("/proc/thread-self/ns/net");
+        let gone = folder.path().join("gone");
+        let paths = [name, own.clone(), gone, same];
+        assert_eq!(distinct(paths.into_iter()), [own]);
     }
 
     #[test]
