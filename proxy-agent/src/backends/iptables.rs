@@ -44,7 +44,7 @@ use rules::{
     Rules, base,
     tree::{Leaf, LeafKey},
 };
-use save::{digest, parse};
+use save::{Reader, digest};
 use shared::is_shared;
 use tables::{AddressSet, Table, Tables};
 
@@ -278,9 +278,12 @@ impl<T: Tables> Backend for IptablesBackend<T> {
                 let anchors = base::anchors(&self.rules, family);
                 let anchors: Vec<_> = anchors.filter(|(of, _)| *of == table).collect();
                 let anchors: Vec<_> = anchors.into_iter().map(|(_, anchor)| anchor).collect();
-                let text = self.tables.save(family, table)?;
-                text.lines().for_each(|line| of_rivals.add(line));
-                let saved = parse(&text, family, table, &anchors)?;
+                let mut reader = Reader::new(family, table, &anchors);
+                self.tables.read(family, table, &mut |line| {
+                    of_rivals.add(line);
+                    reader.add(line);
+                })?;
+                let saved = reader.finish()?;
                 if (family, table) == (Family::V4, Table::Filter) {
                     self.has_kubelet_firewall = saved.has_kubelet_firewall;
                 }

@@ -164,8 +164,18 @@ impl Tables for Host {
         served.collect()
     }
 
-    fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
-        self.save_of(family, &table.to_string())
+    fn read(
+        &mut self,
+        family: Family,
+        table: Table,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<(), Error> {
+        let tool = self.tool(family, "save")?;
+        let output = run::by_line(&tool, &["-t", table.name()], each)?;
+        output
+            .success
+            .then_some(())
+            .ok_or_else(|| run::failed(&tool, &output))
     }
 
     fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {

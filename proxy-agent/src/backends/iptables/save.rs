@@ -62,64 +62,112 @@ pub(super) enum Line<'a> {
     Rule(&'a str, &'a str),
 }
 
+impl<'a> Line<'a> {
+    fn read(line: &'a str) -> Option<Self> {
+        let line = line.trim_end();
+        if let Some(declared) = line.strip_prefix(':') {
+            let (name, rest) = declared.split_once(' ').unwrap_or((declared, ""));
+            let policy = rest.split(' ').next().unwrap_or_default();
+            return Some(Self::Chain(name, policy));
+        }
+        let rule = line.strip_prefix("-A ")?;
+        let (chain, rule) = rule.split_once(' ').unwrap_or((rule, ""));
+        Some(Self::Rule(chain, rule))
+    }
+}
+
+/// Where the text of a table begins, and where it ends.
+#[derive(Default)]
+struct Frame {
+    has_begun: bool,
+    has_ended: bool,
+}
+
+impl Frame {
+    fn add(&mut self, line: &str) {
+        self.has_begun |= line.starts_with('*');
+        self.has_ended |= line == "COMMIT";
+    }
+
+    fn check(&self, table: Table) -> Result<(), Error> {
+        if self.has_begun && !self.has_ended {
+            return Err(Error::Unusable(format!(
+                "cannot read table {table}: the text of iptables-save ends in the middle"
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// The lines of the text of one table.
 ///
 /// # Errors
 /// The text ends in the middle.
 pub(super) fn lines(text: &str, table: Table) -> Result<impl Iterator<Item = Line<'_>>, Error> {
-    if text.lines().any(|line| line.starts_with('*')) && !text.lines().any(|line| line == "COMMIT")
-    {
-        return Err(Error::Unusable(format!(
-            "cannot read table {table}: the text of iptables-save ends in the middle"
-        )));
-    }
-    Ok(text.lines().map(str::trim_end).filter_map(|line| {
-        if let Some(declared) = line.strip_prefix(':') {
-            let (name, rest) = declared.split_once(' ').unwrap_or((declared, ""));
-            let policy = rest.split(' ').next().unwrap_or_default();
-            return Some(Line::Chain(name, policy));
-        }
-        let rule = line.strip_prefix("-A ")?;
-        let (chain, rule) = rule.split_once(' ').unwrap_or((rule, ""));
-        Some(Line::Rule(chain, rule))
-    }))
+    let mut frame = Frame::default();
+    text.lines().for_each(|line| frame.add(line));
+    frame.check(table)?;
+    Ok(text.lines().filter_map(Line::read))
 }
 
-/// Reads the text of one table; `anchors` are those to look for.
-///
-/// # Errors
-/// The text ends in the middle.
-pub(super) fn parse(
-    text: &str,
+/// Reads the text of one table, line by line.
+pub(super) struct Reader<'a> {
     family: Family,
     table: Table,
-    anchors: &[Anchor],
-) -> Result<Saved, Error> {
-    let mut saved = Saved::default();
-    let mut digests: BTreeMap<ChainName, Digest> = BTreeMap::new();
-    for line in lines(text, table)? {
-        match line {
-            Line::Chain(name, _) => {
-                saved.has_kubelet_firewall |= name == base::KUBELET_FIREWALL.as_str();
-                if let Some(name) = ours(table, name) {
-                    digests.entry(name).or_default();
-                }
-            }
-            Line::Rule(chain, rule) => match ours(table, chain) {
-                Some(chain) => {
-                    digests.entry(chain).or_default().add(rule);
-                    saved.rules += 1;
-                    saved.leaves.extend(found::leaf(family, table, chain, rule));
-                }
-                None => saved.foreign(table, chain, rule, anchors),
-            },
+    anchors: &'a [Anchor],
+    frame: Frame,
+    digests: BTreeMap<ChainName, Digest>,
+    saved: Saved,
+}
+
+impl<'a> Reader<'a> {
+    /// Looks for `anchors` among the rules of others.
+    pub(super) fn new(family: Family, table: Table, anchors: &'a [Anchor]) -> Self {
+        Self {
+            family,
+            table,
+            anchors,
+            frame: Frame::default(),
+            digests: BTreeMap::new(),
+            saved: Saved::default(),
         }
     }
-    let digests = digests.into_iter();
-    saved.chains = digests
-        .map(|(name, digest)| (name, digest.0.finish()))
-        .collect();
-    Ok(saved)
+
+    /// Takes the next line.
+    pub(super) fn add(&mut self, line: &str) {
+        self.frame.add(line);
+        match Line::read(line) {
+            Some(Line::Chain(name, _)) => {
+                self.saved.has_kubelet_firewall |= name == base::KUBELET_FIREWALL.as_str();
+                if let Some(name) = ours(self.table, name) {
+                    self.digests.entry(name).or_default();
+                }
+            }
+            Some(Line::Rule(chain, rule)) => match ours(self.table, chain) {
+                Some(chain) => {
+                    self.digests.entry(chain).or_default().add(rule);
+                    self.saved.rules += 1;
+                    let leaf = found::leaf(self.family, self.table, chain, rule);
+                    self.saved.leaves.extend(leaf);
+                }
+                None => self.saved.foreign(self.table, chain, rule, self.anchors),
+            },
+            None => {}
+        }
+    }
+
+    /// What the lines say.
+    ///
+    /// # Errors
+    /// They end in the middle.
+    pub(super) fn finish(mut self) -> Result<Saved, Error> {
+        self.frame.check(self.table)?;
+        let digests = self.digests.into_iter();
+        self.saved.chains = digests
+            .map(|(name, digest)| (name, digest.0.finish()))
+            .collect();
+        Ok(self.saved)
+    }
 }
 
 /// The name of a chain, if it is ours.
@@ -152,6 +200,12 @@ pub(super) fn target(rule: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn parse(text: &str, anchors: &[Anchor]) -> Result<Saved, Error> {
+        let mut reader = Reader::new(Family::V4, Table::Nat, anchors);
+        text.lines().for_each(|line| reader.add(line));
+        reader.finish()
+    }
 
     const TEXT: &str = r#"# Generated by iptables-save v1.8.9 (nf_tables)
 *nat
@@ -192,21 +246,15 @@ COMMIT
             has_kubelet_firewall: false,
             rules: 2,
         };
-        assert_eq!(
-            parse(TEXT, Family::V4, Table::Nat, &[anchor, absent]).unwrap(),
-            expected
-        );
-        assert_eq!(
-            parse("", Family::V4, Table::Nat, &[anchor]).unwrap(),
-            Saved::default()
-        );
+        assert_eq!(parse(TEXT, &[anchor, absent]).unwrap(), expected);
+        assert_eq!(parse("", &[anchor]).unwrap(), Saved::default());
     }
 
     #[test]
     fn a_space_at_the_end_of_a_rule_says_nothing() {
         // iptables-nft 1.8.7 has one where a rule has no target.
         let text = "*nat\n:KUBE-SVC-A - [0:0]\n-A KUBE-SVC-A -m mark --mark 0x1/0x1 \nCOMMIT\n";
-        let saved = parse(text, Family::V4, Table::Nat, &[]).unwrap();
+        let saved = parse(text, &[]).unwrap();
         let found: Vec<u64> = saved.chains.into_values().collect();
         assert_eq!(found, [digest("-m mark --mark 0x1/0x1\n")]);
     }
@@ -214,6 +262,6 @@ COMMIT
     #[test]
     fn half_a_text_is_an_error() {
         let half = TEXT.strip_suffix("COMMIT\n# Completed\n").unwrap();
-        assert!(parse(half, Family::V4, Table::Nat, &[]).is_err());
+        assert!(parse(half, &[]).is_err());
     }
 }

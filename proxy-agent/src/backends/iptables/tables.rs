@@ -68,8 +68,13 @@ impl<T: Tables> Tables for &mut T {
         (**self).families()
     }
 
-    fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
-        (**self).save(family, table)
+    fn read(
+        &mut self,
+        family: Family,
+        table: Table,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<(), Error> {
+        (**self).read(family, table, each)
     }
 
     fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {
@@ -98,11 +103,29 @@ pub trait Tables {
     /// The families that have tables.
     fn families(&self) -> BTreeSet<Family>;
 
-    /// Text of `iptables-save -t TABLE` (`ip6tables-save` for IPv6).
+    /// Gives each line of `iptables-save -t TABLE` (`ip6tables-save` for IPv6) to `each`.
     ///
     /// # Errors
     /// The tool could not be run, or failed; so below.
-    fn save(&mut self, family: Family, table: Table) -> Result<String, Error>;
+    fn read(
+        &mut self,
+        family: Family,
+        table: Table,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<(), Error>;
+
+    /// All these lines.
+    ///
+    /// # Errors
+    /// As above.
+    fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
+        let mut text = String::new();
+        self.read(family, table, &mut |line| {
+            text.push_str(line);
+            text.push('\n');
+        })?;
+        Ok(text)
+    }
 
     /// Feeds one table's transaction (`*nat` … `COMMIT`) to `iptables-restore --noflush`: all of it goes in, or nothing.
     ///

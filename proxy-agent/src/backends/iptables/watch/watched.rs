@@ -114,8 +114,13 @@ impl<T: Tables> Tables for Watched<T> {
         self.tables.families()
     }
 
-    fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
-        self.tables.save(family, table)
+    fn read(
+        &mut self,
+        family: Family,
+        table: Table,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<(), Error> {
+        self.tables.read(family, table, each)
     }
 
     fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {
