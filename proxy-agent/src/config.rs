@@ -108,22 +108,28 @@ pub fn settle(mut cli: Cli) -> Result<(Cli, Vec<String>), Error> {
     if let Command::Run(run) = &mut cli.command {
         match &file {
             Some((file, _)) => apply::to_run(file, run, &cli.given),
-            None => drop_servers(run),
+            None => notes.extend(old_ports(run)),
         }
     }
     Ok((cli, notes))
 }
 
-/// The old flags for ports: 0 is no server.
-fn drop_servers(run: &mut Run) {
-    for (port, listen) in [
-        (run.healthz_port, &mut run.healthz_bind_address),
-        (run.metrics_port, &mut run.metrics_bind_address),
+/// The old flags for ports: 0 is no server, and any other is told that it has no effect.
+fn old_ports(run: &mut Run) -> Vec<String> {
+    let mut notes = Vec::new();
+    for (name, port, listen) in [
+        ("healthz", run.healthz_port, &mut run.healthz_bind_address),
+        ("metrics", run.metrics_port, &mut run.metrics_bind_address),
     ] {
-        if port == Some(0) {
-            *listen = Listen(None);
+        match port {
+            Some(0) => *listen = Listen(None),
+            Some(_) => notes.push(format!(
+                "--{name}-port has no effect: give the port to --{name}-bind-address"
+            )),
+            None => {}
         }
     }
+    notes
 }
 
 fn check_periods(packet: &Packet) -> Result<(), Error> {

@@ -347,7 +347,7 @@ fn beside_a_file_only_flags_count_that_are_ours_or_win_in_kube_proxy() {
 #[test]
 fn without_a_file_kube_proxys_flags_count_and_those_without_meaning_are_told() {
     let (_, run, notes) = run(
-        "--cluster-cidr=10.244.0.0/16 --detect_local_mode ClusterCIDR --metrics-port 0 --ipvs-scheduler rr --ipvs-strict-arp \
+        "--cluster-cidr=10.244.0.0/16 --detect_local_mode ClusterCIDR --metrics-port 0 --healthz-port=10300 --ipvs-scheduler rr --ipvs-strict-arp \
          --profiling=false --kube-api-qps 50 --masquerade-all=T --masquerade-all=0",
         "",
     );
@@ -367,7 +367,8 @@ fn without_a_file_kube_proxys_flags_count_and_those_without_meaning_are_told() {
             "--ipvs-scheduler",
             "--ipvs-strict-arp",
             "--kube-api-qps",
-            "--profiling"
+            "--profiling",
+            "--healthz-port"
         ]
     );
 }
