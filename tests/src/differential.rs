@@ -156,6 +156,29 @@ impl Met<'_> {
             && (self.is_to_cluster_ip() && !is_frontend || leaves_node && *is_frontend)
     }
 
+    /// What kube-proxy answers at the same node port of the node's address, if this is one of a loopback address that the
+    /// socket layer serves.
+    pub fn at_node_port_of_address(&self) -> Option<Answer> {
+        let Asked {
+            target,
+            to,
+            transport,
+            ..
+        } = self.asked;
+        if !self.by_socket() || *target != Some(Target::LocalhostNodePort) {
+            return None;
+        }
+        let is_it = |other: &&(Asked, Answer)| {
+            let (other, _) = other;
+            other.client == Client::Node
+                && other.target == Some(Target::NodePort)
+                && other.transport == *transport
+                && (other.to.port(), other.to.is_ipv6()) == (to.port(), to.is_ipv6())
+        };
+        let (_, answer) = self.its.values().find(is_it)?;
+        Some(answer.clone())
+    }
+
     /// What kube-proxy answers where nobody disputes it: at a ClusterIP without the other claims, and else at an address that
     /// the Service that has this one here has alone.
     pub fn undisputed(&self) -> Option<Answer> {
@@ -318,6 +341,36 @@ mod tests {
             &outsider,
             Answer::Silent,
             Answer::Refused
+        ));
+    }
+
+    #[test]
+    fn sockets_reach_node_ports_of_loopback_as_those_of_the_nodes_address() {
+        let port = asked(Client::Node, Target::NodePort, "192.168.77.11:30100");
+        let loopback = asked(Client::Node, Target::LocalhostNodePort, "127.0.0.1:30100");
+        let answers = |at_address, at_loopback| -> Answers {
+            [(&port, at_address), (&loopback, at_loopback)]
+                .map(|(asked, answer)| (asked.to_string(), (asked.clone(), answer)))
+                .into()
+        };
+        let masqueraded = || served("near", "10.244.1.1");
+        let its = answers(masqueraded(), Answer::Refused);
+        let agree = |has_sockets, its: &Answers, ours: Answers| {
+            let mode = IPTABLES;
+            let comparison = Comparison { has_sockets, mode };
+            let differences = comparison.differences(its, &Answers::new(), &ours);
+            differences.is_empty()
+        };
+        let direct = || served("near", OWN);
+        assert!(agree(true, &its, answers(direct(), direct())));
+        assert!(!agree(true, &its, answers(direct(), Answer::Refused)));
+        assert!(agree(false, &its, its.clone()));
+        assert!(!agree(false, &its, answers(masqueraded(), masqueraded())));
+        let silent = answers(Answer::Silent, Answer::Silent);
+        assert!(agree(
+            true,
+            &silent,
+            answers(Answer::Refused, Answer::Refused)
         ));
     }
 

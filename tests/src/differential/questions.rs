@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use anyhow::{Context, bail};
@@ -189,6 +189,10 @@ fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scena
             if plan.has_node_ports {
                 let port = plan.node_port(transport);
                 ask(Target::NodePort, s.a.address(v6), port, is_served);
+                // What becomes of SCTP there is in the flow matrix.
+                if client == Client::Node && transport != Transport::Sctp {
+                    ask(Target::LocalhostNodePort, loopback(v6), port, is_served);
+                }
             }
             let node = plan.claims_node.then(|| s.a.address(v6));
             for address in [plan.external(v6), node].into_iter().flatten() {
@@ -224,6 +228,13 @@ fn of_one(plan: &Plan, plans: &[Plan], client: Client, own: &[IpAddr], s: &Scena
         }
     }
     found
+}
+
+fn loopback(v6: bool) -> IpAddr {
+    match v6 {
+        false => Ipv4Addr::LOCALHOST.into(),
+        true => Ipv6Addr::LOCALHOST.into(),
+    }
 }
 
 /// What there is to ask at one moment.

@@ -51,6 +51,24 @@ pub const DIFFERENCES: &[Difference] = &[
         }),
     },
     Difference {
+        what: "Node ports on 127.0.0.1 and ::1",
+        kube_proxy: "IPv4 only, needs `route_localnet`",
+        here: "both families over TCP and UDP, only for the node's own processes, no sysctl, whatever `--nodeport-addresses` says (`--mode iptables`: as kube-proxy)",
+        changes: Some(|flow, setting, outcome| {
+            match setting.ebpf && flow.target == Target::LocalhostNodePort {
+                true => match flow.kind {
+                    Kind::Empty => Outcome::Refused,
+                    Kind::Elsewhere => served(Reached::Far, true),
+                    Kind::Cluster | Kind::ExternalLocal | Kind::InternalLocal => {
+                        served(Reached::Both, true)
+                    }
+                },
+                false => outcome,
+            }
+        }),
+        answers: Some(|met, answer| met.at_node_port_of_address().unwrap_or(answer)),
+    },
+    Difference {
         what: "No usable endpoint, TCP connect or UDP send",
         kube_proxy: "ICMP rejection of the first packet; nothing at all when the node itself connects to an external address",
         here: "ECONNREFUSED from the system call itself",
@@ -98,24 +116,6 @@ pub const DIFFERENCES: &[Difference] = &[
                 Kind::ExternalLocal if is_it => served(Reached::Both, false),
                 Kind::Elsewhere if is_it => served(Reached::Far, false),
                 _ => outcome,
-            }
-        }),
-        answers: None,
-    },
-    Difference {
-        what: "Node ports on 127.0.0.1 and ::1",
-        kube_proxy: "IPv4 only, needs `route_localnet`",
-        here: "both families over TCP and UDP, only for the node's own processes, no sysctl, whatever `--nodeport-addresses` says (`--mode iptables`: as kube-proxy)",
-        changes: Some(|flow, setting, outcome| {
-            match setting.ebpf && flow.target == Target::LocalhostNodePort {
-                true => match flow.kind {
-                    Kind::Empty => Outcome::Refused,
-                    Kind::Elsewhere => served(Reached::Far, true),
-                    Kind::Cluster | Kind::ExternalLocal | Kind::InternalLocal => {
-                        served(Reached::Both, true)
-                    }
-                },
-                false => outcome,
             }
         }),
         answers: None,
