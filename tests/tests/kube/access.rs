@@ -132,9 +132,11 @@ fn in_a_pod_its_service_account_is_who_the_agent_is_and_its_token_may_change() {
         c.control.service_account("second")?;
         c.control.delete_secret("first")?;
         c.control.stop_api();
+        c.wait_problems(SOON, |count| count > 0.0)?;
         c.control.start_api(&[])?;
         c.apply(&[&far])?;
-        wait_for("the change arrives", RECOVERY, || c.wait_served_by(&[&far]))?;
+        c.wait_problems(RECOVERY, |count| count == 0.0)?;
+        c.wait_served_by(&[&far])?;
         assert_none_failed(loads)
     });
 }

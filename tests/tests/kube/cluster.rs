@@ -142,6 +142,19 @@ impl Cluster {
         })
     }
 
+    /// Waits until the agent has, or has no longer, problems with the API server. Who asks a Service instead, all that time,
+    /// runs out of ports.
+    pub fn wait_problems(&self, limit: Duration, is_it: fn(f64) -> bool) -> anyhow::Result<()> {
+        wait_for("problems with the API server, or none", limit, || {
+            let count = self
+                .scenario
+                .agent
+                .metric("proxy_agent_source_problems", "")?;
+            ensure!(is_it(count), "{count} kinds are known not to be followed");
+            Ok(())
+        })
+    }
+
     /// The text of all tables of this node, as the variant sees them.
     pub fn rules(&self, variant: Variant) -> anyhow::Result<String> {
         let save = |family: &str| {

@@ -64,7 +64,8 @@ fn service_cidrs_come_go_and_outlive_their_watch() {
         c.control.delete_service_cidr("more")?;
         wait_dropped(c, &FIRST, RECOVERY)?;
         c.apply(&[&far])?;
-        wait_for("the change arrives", RECOVERY, || c.wait_served_by(&[&far]))
+        c.wait_problems(RECOVERY, |count| count == 0.0)?;
+        c.wait_served_by(&[&far])
     });
 }
 

@@ -6,6 +6,7 @@ use anyhow::ensure;
 use proxy_tests::{
     agent::HEALTHZ,
     kube::{KUBE_PROXY, NOBODY, Variant},
+    scenario::SOON,
     wait_for,
 };
 
@@ -67,10 +68,7 @@ fn without_the_api_server_all_goes_on_and_afterwards_what_was_missed_is_made_goo
         c.wait_served_by(&[&near])?;
         let loads = c.load(&outsider)?;
         c.control.stop_api();
-        let problems = "proxy_agent_source_problems";
-        c.scenario
-            .agent
-            .wait_metric(problems, "", |count| count > 0.0)?;
+        c.wait_problems(SOON, |count| count > 0.0)?;
         // Nothing waits for a sync: as kube-proxy, it is healthy.
         for path in ["/healthz", "/livez"] {
             let (status, body) = c.scenario.agent.place().http_get(HEALTHZ, path)?;
@@ -107,11 +105,7 @@ fn without_the_api_server_all_goes_on_and_afterwards_what_was_missed_is_made_goo
         c.scenario.agent.wait_ready_within(RECOVERY)?;
         c.apply(&[&far])?;
         c.wait_served_by(&[&far])?;
-        wait_for("everything is followed", RECOVERY, || {
-            let count = c.scenario.agent.metric(problems, "")?;
-            ensure!(count == 0.0, "{count} problems");
-            Ok(())
-        })?;
+        c.wait_problems(RECOVERY, |count| count == 0.0)?;
         assert_none_failed(loads)
     });
 }
@@ -143,14 +137,7 @@ fn a_connection_that_dies_silently_is_told_of_and_made_anew() {
         let loads = c.load(&outsider)?;
         cut(c, true)?;
         let since = Instant::now();
-        wait_for("the agent notices", SILENCE, || {
-            let problems = c.scenario.agent.metric("proxy_agent_source_problems", "")?;
-            ensure!(
-                problems >= 3.0,
-                "{problems} kinds are known not to be followed"
-            );
-            Ok(())
-        })?;
+        c.wait_problems(SILENCE, |count| count >= 3.0)?;
         println!("noticed after {:?}", since.elapsed());
         let log = c.scenario.agent.log();
         ensure!(
@@ -159,7 +146,8 @@ fn a_connection_that_dies_silently_is_told_of_and_made_anew() {
         );
         c.apply(&[&far])?;
         cut(c, false)?;
-        wait_for("the change arrives", RECOVERY, || c.wait_served_by(&[&far]))?;
+        c.wait_problems(RECOVERY, |count| count == 0.0)?;
+        c.wait_served_by(&[&far])?;
         assert_none_failed(loads)
     });
 }

@@ -7,8 +7,8 @@ use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as n
 use kube::{
     Api, Resource,
     runtime::{
-        WatchStreamExt as _,
-        watcher::{self, Event, InitialListStrategy},
+        utils::Backoff as _,
+        watcher::{self, DefaultBackoff, Event, InitialListStrategy},
     },
 };
 use serde::de::DeserializeOwned;
@@ -22,9 +22,9 @@ use super::client::causes;
 /// A streamed list has given no object for this long: an old server streams without ever saying that it is complete.
 const STALLED: Duration = Duration::from_secs(15);
 
-/// Without another error for this long the kind is followed again: the watcher waits a minute at most from one try to the
-/// next, then half a minute for a connection. It does not tell that it goes on.
-const QUIET: Duration = Duration::from_secs(100);
+/// Without another error for this long after a try the kind is followed again: the watcher waits half a minute for a
+/// connection, and does not tell that it goes on.
+const QUIET: Duration = Duration::from_secs(40);
 
 /// A server that does not serve a kind is asked for it again after this long: it may be upgraded.
 const UNSERVED: Duration = Duration::from_secs(600);
@@ -70,8 +70,8 @@ pub enum Heard<K> {
     Unserved,
 }
 
-/// Follows until nobody takes events any more. After an error it waits, longer each time and by chance, and goes on where it
-/// was if the server still knows that point, else with a new list.
+/// Follows until nobody takes events any more. After an error it waits, longer each time and by chance, a minute at most, and
+/// goes on where it was if the server still knows that point, else with a new list.
 pub async fn follow<K>(
     api: Api<K>,
     selector: Selector,
@@ -83,7 +83,8 @@ pub async fn follow<K>(
     let mut ways = ways(&selector).into_iter().peekable();
     while let Some(config) = ways.next() {
         let streams = config.initial_list_strategy == InitialListStrategy::StreamingList;
-        let mut stream = pin!(kube::runtime::watcher(api.clone(), config).default_backoff());
+        let mut stream = pin!(kube::runtime::watcher(api.clone(), config));
+        let mut backoff = DefaultBackoff::default();
         let (mut is_listing, mut has_failed, mut is_unserved) = (false, false, false);
         loop {
             let limit = match (streams && is_listing, has_failed) {
@@ -91,7 +92,16 @@ pub async fn follow<K>(
                 (false, true) => QUIET,
                 (false, false) => Duration::MAX,
             };
-            let heard = match timeout(limit, stream.next()).await {
+            let next = timeout(limit, stream.next()).await;
+            let pause = match &next {
+                Ok(Some(Err(error))) => Some(pause(&mut backoff, error)),
+                Ok(Some(Ok(_))) => {
+                    backoff.reset();
+                    None
+                }
+                Ok(None) | Err(_) => None,
+            };
+            let heard = match next {
                 Ok(Some(Err(error))) if ways.peek().is_some() && is_refused(&error) => break,
                 Ok(Some(Err(error))) if selector.is_optional && code(&error) == 404 => {
                     Heard::Unserved
@@ -118,9 +128,21 @@ pub async fn follow<K>(
                 }
                 sleep(UNSERVED).await;
             }
+            if let Some(pause) = pause {
+                sleep(pause).await;
+            }
         }
         tracing::info!(kind = %K::kind(&()), "this API server is too old for how it was asked: asking it in a plainer way");
     }
+}
+
+/// How long to wait after an error; not long for a server that answers, and no longer knows where this was.
+fn pause(backoff: &mut DefaultBackoff, error: &watcher::Error) -> Duration {
+    if code(error) == 410 {
+        backoff.reset();
+    }
+    // There is always one more.
+    backoff.next().unwrap_or(QUIET)
 }
 
 /// How to follow a kind, the best way first: by a streamed list (the feature gate WatchList may be off), else by pages; and
@@ -193,6 +215,21 @@ fn explain<K: Resource<DynamicType = ()>>(error: &watcher::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_server_that_is_back_is_not_waited_for_as_one_that_is_gone() {
+        let mut backoff = DefaultBackoff::default();
+        let gone = watcher::Error::NoResourceVersion;
+        let pauses: Vec<Duration> = (0..8).map(|_| pause(&mut backoff, &gone)).collect();
+        assert!(pauses[0] < Duration::from_secs(2), "{pauses:?}");
+        assert!(pauses[7] >= Duration::from_secs(30), "{pauses:?}");
+        let expired = kube::core::Status {
+            code: 410,
+            ..kube::core::Status::default()
+        };
+        let expired = watcher::Error::WatchError(Box::new(expired));
+        assert!(pause(&mut backoff, &expired) < Duration::from_secs(2));
+    }
 
     #[test]
     fn what_only_spares_the_server_is_left_out_last() {
