@@ -112,11 +112,14 @@ fn answers(c: &Cluster) -> anyhow::Result<Answers> {
     for path in ["10256/healthz", "10256/livez"] {
         ask(node, path)?;
     }
-    // A sync and its metrics come one after the other.
+    // A sync and its metrics come one after the other, and so do the families.
     let text = wait_for("a sync is counted", SOON, || {
         let (_, text) = ask(node, "10249/metrics")?;
-        let is_there = text.contains("kubeproxy_network_programming_duration_seconds_count");
-        ensure!(is_there, "{text}");
+        for family in ["IPv4", "IPv6"] {
+            let count = "kubeproxy_network_programming_duration_seconds_count";
+            let count = format!("{count}{{ip_family=\"{family}\"}}");
+            ensure!(text.contains(&count), "no {count} in {text}");
+        }
         Ok(text)
     })?;
     let body_of = |path| ask(node, path).map(|(_, body)| body);
