@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     rules::Features,
-    tables::{AddressSet, RestoreError, Table, Tables},
+    tables::{AddressSet, RestoreError, Table, Tables, whole},
 };
 use crate::{backends::Error, state::Family};
 
@@ -170,12 +170,7 @@ impl Tables for Host {
         table: Table,
         each: &mut dyn FnMut(&str),
     ) -> Result<(), Error> {
-        let tool = self.tool(family, "save")?;
-        let output = run::by_line(&tool, &["-t", table.name()], each)?;
-        output
-            .success
-            .then_some(())
-            .ok_or_else(|| run::failed(&tool, &output))
+        self.read_of(family, table.name(), each)
     }
 
     fn restore(&mut self, family: Family, table: Table, text: &str) -> Result<(), RestoreError> {
@@ -230,17 +225,30 @@ impl Host {
         })
     }
 
-    /// As [`Tables::save`], for any table.
+    /// As [`Tables::read`], for any table.
     ///
     /// # Errors
     /// The tool could not be run, or failed.
-    pub fn save_of(&self, family: Family, table: &str) -> Result<String, Error> {
+    pub fn read_of(
+        &self,
+        family: Family,
+        table: &str,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<(), Error> {
         let tool = self.tool(family, "save")?;
-        let output = run(&tool, &["-t", table], "")?;
-        if output.success {
-            return Ok(output.stdout);
+        let output = run::by_line(&tool, &["-t", table], each)?;
+        match output.success {
+            true => Ok(()),
+            false => Err(run::failed(&tool, &output)),
         }
-        Err(run::failed(&tool, &output))
+    }
+
+    /// As [`Tables::save`], for any table.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn save_of(&self, family: Family, table: &str) -> Result<String, Error> {
+        whole(|each| self.read_of(family, table, each))
     }
 
     /// All address sets, whosever they are; none without `ipset`.

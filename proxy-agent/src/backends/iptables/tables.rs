@@ -63,6 +63,18 @@ fn place(line: Option<usize>) -> String {
     line.map_or("the rules".to_owned(), |line| format!("line {line}"))
 }
 
+/// All the lines that `read` gives.
+pub(super) fn whole(
+    read: impl FnOnce(&mut dyn FnMut(&str)) -> Result<(), Error>,
+) -> Result<String, Error> {
+    let mut text = String::new();
+    read(&mut |line| {
+        text.push_str(line);
+        text.push('\n');
+    })?;
+    Ok(text)
+}
+
 impl<T: Tables> Tables for &mut T {
     fn families(&self) -> BTreeSet<Family> {
         (**self).families()
@@ -119,12 +131,7 @@ pub trait Tables {
     /// # Errors
     /// As above.
     fn save(&mut self, family: Family, table: Table) -> Result<String, Error> {
-        let mut text = String::new();
-        self.read(family, table, &mut |line| {
-            text.push_str(line);
-            text.push('\n');
-        })?;
-        Ok(text)
+        whole(|each| self.read(family, table, each))
     }
 
     /// Feeds one table's transaction (`*nat` … `COMMIT`) to `iptables-restore --noflush`: all of it goes in, or nothing.
